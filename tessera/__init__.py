@@ -1,0 +1,39 @@
+"""Tessera: a tile-first programming model for decoder-only transformers. Import as `import tessera as ts`.
+
+The public names are listed below with the module that defines each; a module is imported when one
+of its names is first used, so that `import tessera` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_TYPES = (
+    "f64 f32 f16 bf16 fp8_e4m3 fp8_e5m2 fp8 int64 int32 int8 uint8 int4 Tile Tensor DType"
+).split()
+
+_PUBLIC: dict[str, str] = {
+    **dict.fromkeys(_TYPES, "tessera.types"),
+    **dict.fromkeys(("TesseraError", "InputError", "ShapeError", "CompileError", "LaunchError"), "tessera.errors"),
+}
+_SUBMODULES = ("types", "errors", "env", "kernel", "ops", "nn", "dist", "models", "data", "checkpoint", "infer")
+
+__all__ = sorted([*_PUBLIC, *_SUBMODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"tessera.{name}")
+    else:
+        raise AttributeError(f"module 'tessera' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
