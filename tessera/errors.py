@@ -34,6 +34,10 @@ class UnsupportedError(TesseraError, NotImplementedError):
     """The request makes sense but this version (or this machine) cannot serve it; the message says what can."""
 
 
+class UnsupportedFileError(FileFormatError, UnsupportedError):
+    """A file from outside that may be sound but asks for something this version does not implement."""
+
+
 class CompileError(TesseraError):
     """A kernel does not compile; the message carries file, line and caret."""
 

@@ -1,9 +1,9 @@
 """GGUF block formats to floats.
 
-In: the stored bytes of one tensor and its GGML type. Out: values in a tensor that the caller gives.
-Called by formats.gguf. Every format is a run of blocks of 32 or 256 values ("super-blocks") with
-their own scales; each function below turns `[N, block bytes]` uint8 into `[N, block values]` float32
-with the operations, and so the roundings, of ggml's reference (ggml-quants.c, gguf/quants.py).
+In: stored blocks and their GGML type. Out: the numbers they stand for. Called by formats.gguf.
+Every format is a run of blocks of 32 or 256 values ("super-blocks") with their own scales; each
+function below turns `[N, block bytes]` uint8 into `[N, block values]` numbers with the operations,
+and so the roundings, of ggml's reference (ggml-quants.c, gguf/quants.py).
 
 Shape suffixes: N blocks, G groups of a super-block, W values of a group, V values of a block.
 """
@@ -12,45 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 
-from tessera.errors import FileFormatError
-
-# Values per chunk: temporaries of a chunk stay in the caches, and all of them below about 20 MB.
-_CHUNK_VALUES = 1 << 19
+from tessera.errors import UnsupportedFileError
 
 _Blocks = torch.Tensor
 """`[N, block bytes]` uint8, contiguous."""
 
 
-def dequantize_into(out: torch.Tensor, raw: np.ndarray, kind: GGMLQuantizationType) -> None:
-    """Write the values of `raw` to `out`.
-
-    Args:
-        out: `[numel]` of a floating dtype, contiguous; values are rounded from float32 to it.
-        raw: the stored bytes, uint8.
-        kind: the storage type.
+def decoder(kind: GGMLQuantizationType) -> Callable[[_Blocks], torch.Tensor]:
+    """The function that turns blocks of `kind` into numbers: `[N, block bytes]` -> `[N, block values]`.
 
     Raises:
-        FileFormatError: `kind` is not one that Tessera reads.
+        UnsupportedFileError: `kind` is not one that Tessera reads.
     """
-    decode = _DECODERS.get(kind)
-    if decode is None:
+    if kind not in _DECODERS:
         known = ", ".join(k.name for k in _DECODERS)
-        raise FileFormatError(f"storage type {kind.name} is not read; expected one of {known}")
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    step = max(1, _CHUNK_VALUES // block)
-    n_blocks = out.numel() // block
-    # torch has no read-only tensors, so mapped bytes are copied chunk by chunk into one scratch buffer.
-    scratch_NB = torch.empty(min(step, n_blocks), block_bytes, dtype=torch.uint8)
-    for first in range(0, n_blocks, step):
-        count = min(step, n_blocks - first)
-        blocks_NB = scratch_NB[:count]
-        chunk = raw[first * block_bytes : (first + count) * block_bytes]
-        np.copyto(blocks_NB.numpy(), chunk.reshape(count, block_bytes))
-        out[first * block : (first + count) * block].view(count, block).copy_(decode(blocks_NB))
+        raise UnsupportedFileError(f"storage type {kind.name} is not read; expected one of {known}")
+    return _DECODERS[kind]
 
 
 def _f16(blocks: _Blocks, start: int) -> torch.Tensor:

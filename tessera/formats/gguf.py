@@ -1,4 +1,4 @@
-"""Bounded, memory-mapped reader of GGUF files.
+"""Bounded reader of GGUF files.
 
 In: the path of a GGUF v2 or v3 file (little endian), from any source. Out: `GGUFFile`, with the
 metadata as plain Python values and each tensor dequantized when it is asked for. Called by
@@ -12,9 +12,8 @@ the package gives the constants. Layout: https://github.com/ggml-org/ggml/blob/m
     tensor_count x (string name | u32 n_dims | n_dims x u64 | u32 type | u64 offset)
     padding to general.alignment, then the tensors in the same order, each padded to the alignment
 
-A bit flip inside tensor data that leaves a readable number cannot be seen; GGUF has no checksum.
-A file that is cut short by another process while it is mapped ends this process (SIGBUS), as with
-every memory-mapped reader: replace model files by rename, as `save_model` does.
+The header is mapped while it is parsed; tensors are read in chunks and dequantized on the way.
+A bit flip inside tensor data that leaves a readable number cannot be seen: GGUF has no checksum.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from tessera.errors import FileFormatError, NotFoundError
-from tessera.formats.dequant import dequantize_into
+from tessera.errors import FileFormatError, NotFoundError, UnsupportedFileError
+from tessera.formats.blocks import DataFile, read_units
+from tessera.formats.dequant import decoder
 from tessera.types import DType, dtype_of
 
 MAGIC = b"GGUF"
@@ -123,7 +122,24 @@ class _Cursor:
             return self._bools(values, what) if kind == _BOOL else list(values)
         # A string takes at least its 8-byte length, an inner array its type and count.
         self.need(count * (8 if kind == _STRING else 12), what)
+        if kind == _STRING:
+            return self._strings(count, what)
         return [self.value(kind, what, depth) for _ in range(count)]
+
+    def _strings(self, count: int, what: str) -> list[str]:
+        """`string`, `count` times, without its overhead: a vocabulary has some 100,000 strings."""
+        read_size, data, pos, end = struct.Struct("<Q").unpack_from, self.data, self.pos, self.end
+        found = []
+        try:
+            for _ in range(count):
+                start = pos + 8
+                if start > end or (pos := start + read_size(data, pos)[0]) > end:
+                    raise self.fail(f"{what} runs past the end of the header")
+                found.append(data[start:pos].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what} is not UTF-8") from error
+        self.pos = pos
+        return found
 
     def _bools(self, values: Any, what: str) -> list[bool]:
         if any(v > 1 for v in values):
@@ -140,22 +156,18 @@ class GGUFFile:
         tensors: name -> TensorInfo, in file order.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self._data = path, data
-        cursor = _Cursor(data, path)
-        tensor_count, kv_count = _read_preamble(cursor)
-        self.metadata: dict[str, Any] = {}
-        for _ in range(kv_count):
-            key = cursor.string("metadata key", MAX_KEY_BYTES)
-            if key in self.metadata:
-                raise cursor.fail(f"metadata key {key!r} stands twice")
-            self.metadata[key] = cursor.value(cursor.unpack("I", key), f"metadata {key!r}")
-        self.tensors = _read_tensor_table(cursor, tensor_count, _alignment(self.metadata, path))
-
-    def raw(self, name: str) -> np.ndarray:
-        """The stored bytes of tensor `name`: a read-only uint8 view of the mapped file."""
-        info = self._info(name)
-        return np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+    def __init__(self, file: DataFile) -> None:
+        self.path, self._file = file.path, file
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data, file.path)
+            tensor_count, kv_count = _read_preamble(cursor)
+            self.metadata: dict[str, Any] = {}
+            for _ in range(kv_count):
+                key = cursor.string("metadata key", MAX_KEY_BYTES)
+                if key in self.metadata:
+                    raise cursor.fail(f"metadata key {key!r} stands twice")
+                self.metadata[key] = cursor.value(cursor.unpack("I", key), f"metadata {key!r}")
+            self.tensors = _read_tensor_table(cursor, tensor_count, _alignment(self.metadata, file.path))
 
     def tensor(self, name: str, dtype: DType | torch.dtype | str = "f32") -> torch.Tensor:
         """Tensor `name`, dequantized to `dtype` (a floating type), in memory of its own.
@@ -165,27 +177,22 @@ class GGUFFile:
 
         Raises:
             NotFoundError: the file has no such tensor.
-            FileFormatError: its storage type is not one that Tessera reads.
+            UnsupportedFileError: its storage type is not one that Tessera reads.
+            FileFormatError: the file became shorter since it was opened.
         """
-        info = self._info(name)
-        out = torch.empty(info.shape, dtype=dtype_of(dtype).torch)
-        try:
-            dequantize_into(out.view(-1), self.raw(name), info.type)
-        except FileFormatError as error:
-            raise FileFormatError(f"{self.path}: tensor {name!r}: {error}") from error
-        return out
-
-    def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise NotFoundError(f"{self.path}: no tensor {name!r} among {len(self.tensors)}")
-        return self.tensors[name]
+        info = self.tensors[name]
+        try:
+            decode = decoder(info.type)
+        except UnsupportedFileError as error:
+            raise UnsupportedFileError(f"{self.path}: tensor {name!r}: {error}") from error
+        out = torch.empty(info.shape, dtype=dtype_of(dtype).torch)
+        read_units(out.view(-1), self._file, info.offset, *GGML_QUANT_SIZES[info.type], decode)
+        return out
 
     def close(self) -> None:
-        """Unmap the file; where arrays from `raw` still point into it, it goes with the last of them."""
-        try:
-            self._data.close()
-        except BufferError:
-            return
+        self._file.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -195,7 +202,7 @@ class GGUFFile:
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Map a GGUF file and read its metadata and tensor table; no tensor data is touched.
+    """Open a GGUF file and read its metadata and tensor table; no tensor data is touched.
 
     Args:
         path: the file.
@@ -207,17 +214,13 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         NotFoundError: there is no file at `path`.
         FileFormatError: the file is not a GGUF v2/v3 file, is cut short, or contradicts itself.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise NotFoundError(f"path: no file at {str(path)!r}")
-    with open(path, "rb") as stream:
-        if os.fstat(stream.fileno()).st_size < 24:
-            raise FileFormatError(f"{path}: too short for a GGUF header of 24 bytes")
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    file = DataFile(path)
     try:
-        return GGUFFile(path, data)
+        if file.size < 24:
+            raise FileFormatError(f"{path}: {file.size} bytes; a GGUF header has at least 24")
+        return GGUFFile(file)
     except BaseException:
-        data.close()
+        file.close()
         raise
 
 

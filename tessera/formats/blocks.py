@@ -1,0 +1,93 @@
+"""Reading tensor data from a file in chunks, converted on the way.
+
+In: a file, a byte range whose bounds were checked against the file's size, and how to turn stored
+units into numbers. Out: a filled tensor. Called by formats.gguf and formats.safetensors.
+
+Data is read with pread rather than mapped: pages of a mapping count as this process's memory until
+the kernel takes them back, and a file that is cut short while mapped ends the process (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tessera.errors import FileFormatError, NotFoundError
+
+_CHUNK_VALUES = 1 << 19  # temporaries of one chunk stay in the caches, and all together below about 20 MB
+_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB in one call
+
+
+class DataFile:
+    """A file that is open for reading at given offsets; safe to use from several threads."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open `path`.
+
+        Raises:
+            NotFoundError: there is no file there.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise NotFoundError(f"path: no file at {str(path)!r}")
+        self._stream = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by close())
+        self.size = os.fstat(self._stream.fileno()).st_size
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def read_into(self, out: torch.Tensor, offset: int) -> None:
+        """Fill `out` (contiguous, any dtype) with the bytes from `offset` on.
+
+        Raises:
+            FileFormatError: the file ends before `out` is full.
+        """
+        target = memoryview(out.view(-1).view(torch.uint8).numpy())
+        while target:
+            count = os.preadv(self.fileno(), [target[:_READ_BYTES]], offset)
+            if count == 0:
+                raise FileFormatError(f"{self.path}: ends at byte {offset}; {len(target)} more expected")
+            target, offset = target[count:], offset + count
+
+    def read(self, count: int, offset: int) -> bytes:
+        """`count` bytes from `offset` on; the caller has bounded `count`."""
+        out = torch.empty(count, dtype=torch.uint8)
+        self.read_into(out, offset)
+        return out.numpy().tobytes()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_units(
+    out: torch.Tensor,
+    file: DataFile,
+    offset: int,
+    unit_values: int,
+    unit_bytes: int,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Fill `out` with numbers that lie in `file` as units of `unit_bytes` bytes, `unit_values` numbers each.
+
+    Args:
+        out: `[numel]`, contiguous; numel is a multiple of `unit_values`. Values are rounded to its dtype.
+        file: where the units lie.
+        offset: first byte of the first unit.
+        unit_values: numbers in a unit.
+        unit_bytes: bytes of a unit.
+        decode: `[N, unit_bytes]` uint8 -> `[N, unit_values]` numbers.
+
+    Raises:
+        FileFormatError: the file ends too early.
+    """
+    step = max(1, _CHUNK_VALUES // unit_values)
+    units = out.view(-1, unit_values)
+    scratch = torch.empty(min(step, len(units)), unit_bytes, dtype=torch.uint8)
+    for first in range(0, len(units), step):
+        part = units[first : first + step]
+        stored = scratch[: len(part)]
+        file.read_into(stored, offset + first * unit_bytes)
+        part.copy_(decode(stored))
