@@ -18,6 +18,8 @@ _TYPES = (
 _PUBLIC: dict[str, str] = {
     **dict.fromkeys(_TYPES, "tessera.types"),
     **dict.fromkeys(("TesseraError", "InputError", "ShapeError", "CompileError", "LaunchError"), "tessera.errors"),
+    "GPTConfig": "tessera.models.config", "RopeScaling": "tessera.ops.rotary", "GPTModel": "tessera.models.gpt",
+    "KVCache": "tessera.nn.kv_cache",
 }
 _SUBMODULES = ("types", "errors", "env", "kernel", "ops", "nn", "dist", "models", "data", "checkpoint", "infer")
 

@@ -1,0 +1,76 @@
+"""Linear maps, and weights stored in 8 bits with one scale a row.
+
+In: activations [..., I] and a weight [O, I] in any storage type. Out: [..., O] in the activations'
+dtype. nn.Linear calls `linear`; loaders and initialisation call `quantize_rows`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.errors import UnsupportedError
+
+# Largest finite magnitude of each 8-bit storage type: what a row's largest weight maps to.
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
+
+
+def is_quantized(dtype: torch.dtype) -> bool:
+    """Whether a weight of this dtype needs a scale for each row."""
+    return dtype in _LARGEST
+
+
+def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round each row to 8 bits, scaled so that its largest magnitude is the type's largest.
+
+    Args:
+        weight: [..., I], any float dtype.
+        dtype: float8_e4m3fn, float8_e5m2 or int8.
+
+    Returns:
+        (quantized [..., I], scale [...] f32) with weight ~ quantized * scale; a row of zeros has scale 1.
+
+    Raises:
+        UnsupportedError: another dtype.
+    """
+    if dtype not in _LARGEST:
+        raise UnsupportedError(f"dtype: {dtype} given; rows are quantized to {', '.join(map(str, _LARGEST))}")
+    weight = weight.float()
+    scale = weight.abs().amax(-1) / _LARGEST[dtype]
+    # A subnormal scale would divide to infinity; such rows are zeros in f32 terms.
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    quantized = weight / scale.unsqueeze(-1)
+    return (quantized.round() if dtype is torch.int8 else quantized).to(dtype), scale
+
+
+def dequantize_rows(quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight that `quantize_rows` stored: quantized * scale, the product rounded once to dtype."""
+    return (quantized.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def fake_quantize_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weight rounded as `quantize_rows` stores it; gradients pass straight through (arXiv:1308.3432)."""
+    rounded = dequantize_rows(*quantize_rows(weight.detach(), dtype), weight.dtype)
+    return weight + (rounded - weight.detach())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias, with sums in f32.
+
+    Args:
+        x: [..., I], f32, bf16 or f16.
+        weight: [O, I] of any storage type; it is brought to x's dtype first.
+        bias: [O] or None.
+        scale: [O] f32, for a weight of an 8-bit type.
+
+    Returns:
+        [..., O] in x's dtype.
+    """
+    if scale is not None:
+        weight = dequantize_rows(weight, scale, x.dtype)
+    elif weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return F.linear(x, weight, bias)
