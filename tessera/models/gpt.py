@@ -113,13 +113,20 @@ class GPTModel(nn.Module):
             ShapeError: arguments that do not fit together.
         """
         _check_ids(input_ids, self.config)
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep: {logits_to_keep} given; expected a count, or 0 for all places")
         if use_cache and kv_cache is None:
             kv_cache = self.new_cache(input_ids.shape[0])
         if kv_cache is not None:
             _check_cache(kv_cache, input_ids.shape[0], self)
         valid_BT = _valid_places(input_ids, attention_mask, kv_cache, self.config)
         positions_BS = _positions(input_ids, position_ids, valid_BT, kv_cache, self.config)
-        x_BSM = self._blocks(self._embed(input_ids, positions_BS), positions_BS, valid_BT, kv_cache)
+        x_BSM = self._embed(input_ids, positions_BS)
+        if kv_cache is None:
+            x_BSM = self._blocks(x_BSM, positions_BS, valid_BT, None)
+        else:
+            with kv_cache.appending():
+                x_BSM = self._blocks(x_BSM, positions_BS, valid_BT, kv_cache)
         if logits_to_keep:
             x_BSM = x_BSM[:, -logits_to_keep:]
         return {"logits": self._logits(self.final_norm(x_BSM)), "kv_cache": kv_cache}
@@ -210,7 +217,6 @@ def _check_cache(cache: KVCache, batch_size: int, model: GPTModel) -> None:
     given = (cache.batch_size, cache.n_layers, cache.n_kv_heads, cache.d_head)
     if given != expected:
         raise ShapeError(f"kv_cache: batch, layers, kv_heads, d_head = {given} given; expected {expected}")
-    cache.truncate(cache.length)  # layers that an interrupted forward pass left ahead of the others
 
 
 def _valid_places(

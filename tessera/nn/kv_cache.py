@@ -8,6 +8,8 @@ Dims: B batch, K key/value heads, S new tokens, T all tokens, D head_dim.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -116,6 +118,16 @@ class KVCache:
             store[:, :, start:end], scales[:, :, start:end] = ops.quantize_rows(x, self.dtype.torch)
             out.append(ops.dequantize_rows(store[:, :, :end], scales[:, :, :end], x.dtype))
         return out[0], out[1]
+
+    @contextlib.contextmanager
+    def appending(self) -> Iterator[None]:
+        """Around a pass over the layers: when it is interrupted, the cache keeps what it held before."""
+        length = self.length
+        try:
+            yield
+        except BaseException:
+            self.truncate(length)
+            raise
 
     def _reserve(self, layer: int, length: int, device: torch.device) -> list[Tensor]:
         """The layer's stores, grown to hold at least `length` places."""
