@@ -51,7 +51,7 @@ class GPTConfig:
         rope_fraction: share of each head's dims that rotate.
     Execution:
         use_flash_attention: attention in blocks that never hold all scores; otherwise scores, softmax and
-            product one after the other (same numbers up to rounding).
+            product one after the other (same numbers up to rounding; attn_softcap always takes this way).
         gradient_checkpointing: in training, keep only the blocks' inputs and recompute the rest.
         tp_size, pp_size, dp_size: tensor, pipeline and data parallel ranks; above 1 GPTModel needs a mesh.
     Types, as "dtype" or "dtype @accum(fp32)":

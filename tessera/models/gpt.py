@@ -195,11 +195,16 @@ def _check_mesh(config: GPTConfig, mesh: Any) -> None:
             f"need a mesh of {config.world_size} devices (set them to 1 to run on one)")
 
 
+def _is_readable(x: Tensor) -> bool:
+    """Whether values can be looked at: not on meta, nor while a CUDA graph is captured."""
+    return not x.is_meta and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _check_ids(input_ids: Tensor, config: GPTConfig) -> None:
     if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"input_ids: {tuple(input_ids.shape)} {input_ids.dtype} given; "
                          "expected [batch, tokens], neither empty, int64 or int32")
-    if input_ids.is_meta:
+    if not _is_readable(input_ids):
         return
     low, high = (int(bound) for bound in torch.aminmax(input_ids))
     if low < 0 or high >= config.vocab_size:
@@ -235,7 +240,7 @@ def _valid_places(
             raise ShapeError(f"attention_mask: {tuple(attention_mask.shape)} given; expected "
                              f"{(input_ids.shape[0], n_total)} (batch, cached and new places)")
         valid_BT = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-        if not valid_BT.is_meta and bool(valid_BT.all()):
+        if _is_readable(valid_BT) and bool(valid_BT.all()):
             valid_BT = None
             if cache is not None:
                 cache.valid = None
@@ -254,7 +259,7 @@ def _positions(
         return torch.arange(start, start + n_new, device=input_ids.device)[None]
     if position_ids.shape not in ((batch_size, n_new), (1, n_new)):
         raise ShapeError(f"position_ids: {tuple(position_ids.shape)} given; expected {(batch_size, n_new)}")
-    if not position_ids.is_meta:
+    if _is_readable(position_ids):
         low, high = (int(bound) for bound in torch.aminmax(position_ids))
         if low < 0 or high >= config.max_seq_len:
             raise InputError(f"position_ids: {low if low < 0 else high} given; "

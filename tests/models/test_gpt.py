@@ -84,6 +84,12 @@ def test_flash_is_a_path(monkeypatch):
     assert len(calls) == 2
 
 
+def test_logit_softcap():
+    ids = tokens(3, 1, 9)
+    plain, capped = model_of(3)(ids)["logits"], model_of(3, logit_softcap=0.7)(ids)["logits"]
+    torch.testing.assert_close(capped, 0.7 * torch.tanh(plain / 0.7))
+
+
 def test_window_on_some_layers():
     """Neither a window on every layer nor none gives the same logits."""
     some = model_of(4, sliding_window=3, sliding_window_layers=(1,))

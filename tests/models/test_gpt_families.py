@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 import tessera as ts
 
-from .families import FIELDS, padded_batch, pair
+from .families import FIELDS, SIZES, config, padded_batch, pair, state
 
 
 def close(actual, expected, bound=1e-4):
@@ -66,6 +67,47 @@ def test_a_row_of_padding_only_gives_no_nan(side):
     ids, mask = padded_batch(9, [12, 5], side)
     mask[1] = 0
     assert model(ids, attention_mask=mask)["logits"].isfinite().all()
+
+
+def relatives():
+    """(transformers model class, config class, its fields, GPTConfig's): what the five families leave untested."""
+    gqa = {**SIZES, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return {
+        "stablelm": ("StableLm", {**gqa, "layer_norm_eps": 1e-6, "use_qkv_bias": True, "use_parallel_residual": True,
+                                  "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                      "partial_rotary_factor": 0.5}},
+                     {"norm": "layernorm", "attn_qkv_bias": True, "use_parallel_attention": True,
+                      "rope_fraction": 0.5}),
+        "granite": ("Granite", {**gqa, "rms_norm_eps": 1e-6, "embedding_multiplier": 3.5, "attention_multiplier": 0.2,
+                                "attention_bias": True},
+                    {"embed_scale": 3.5, "attn_scale": 0.2, "attn_qkv_bias": True, "attn_out_bias": True}),
+        "starcoder2": ("Starcoder2", {**gqa, "norm_epsilon": 1e-6, "use_bias": True, "sliding_window": 5,
+                                      "tie_word_embeddings": False},
+                       {"norm": "layernorm", "use_gated_mlp": False, "activation": "gelu_tanh", "mlp_bias": True,
+                        "attn_qkv_bias": True, "attn_out_bias": True, "sliding_window": 5}),
+        "qwen2-windows": ("Qwen2", {**gqa, "rms_norm_eps": 1e-6, "use_sliding_window": True, "sliding_window": 6,
+                                    "max_window_layers": 1},
+                          {"attn_qkv_bias": True, "sliding_window": 6, "sliding_window_layers": (1, 2)}),
+        "gemma": ("Gemma", {**gqa, "head_dim": 12, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+                  {"head_dim": 12, "activation": "gelu_tanh", "embed_scale": 48**0.5, "tie_embeddings": True}),
+    }
+
+
+@pytest.mark.parametrize("name", relatives())
+def test_relatives(name):
+    prefix, theirs, ours = relatives()[name]
+    torch.manual_seed(12)
+    expected = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**theirs)).eval()
+    for parameter in expected.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    weights = {key.replace("c_fc", "up_proj").replace("mlp.c_proj", "mlp.down_proj"): weight
+               for key, weight in state(expected, "llama").items()}
+    for key in weights if name == "gemma" else ():
+        weights[key] = weights[key] + 1 if "norm" in key else weights[key]  # Gemma stores weight - 1
+    model = ts.GPTModel(config("llama", **ours)).eval()
+    model.load_state_dict({key: weight for key, weight in weights.items() if key in model.state_dict()})
+    ids = torch.randint(0, 97, (2, 19), generator=torch.Generator().manual_seed(13))
+    close(model(ids)["logits"], expected(ids).logits)
 
 
 SCALINGS = {
