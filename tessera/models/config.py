@@ -21,6 +21,10 @@ _COMPUTE_DTYPES = ("f32", "bf16", "f16")
 _WEIGHT_DTYPES = ("f32", "bf16", "f16", "fp8_e4m3", "fp8_e5m2", "int8")
 _CACHE_DTYPES = ("f32", "bf16", "f16", "fp8_e4m3", "fp8_e5m2")
 
+# Configurations come from files too: bounds that no real model nears keep a damaged one from building for ever.
+_MOST_LAYERS = 10_000
+_LARGEST_SIZE = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
@@ -202,6 +206,8 @@ class GPTConfig:
         Raises:
             InputError: an unknown or missing key, or a value that the constructor refuses.
         """
+        if not isinstance(fields, dict):
+            raise InputError(f"GPTConfig: {type(fields).__name__} given; expected a dict of fields")
         fields = dict(fields)
         _check_keys(cls, fields, "GPTConfig")
         scaling = fields.get("rope_scaling")
@@ -254,9 +260,10 @@ def _check_shape(config: GPTConfig) -> None:
     for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ffn", "max_seq_len", "vocab_size",
                  "head_dim", "sliding_window", "tp_size", "pp_size", "dp_size"):
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name}: {value} given; expected at least 1")
-    for name in ("norm_eps", "attn_scale", "attn_softcap", "logit_softcap", "rope_theta"):
+        most = _MOST_LAYERS if name == "n_layers" else _LARGEST_SIZE
+        if value is not None and not 1 <= value <= most:
+            raise InputError(f"{name}: {value} given; expected 1..{most}")
+    for name in ("norm_eps", "attn_scale", "attn_softcap", "logit_softcap"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise InputError(f"{name}: {value} given; expected a number above 0")
@@ -292,6 +299,8 @@ def _check_positions(config: GPTConfig) -> None:
                     f"sliding_window_layers: {layer} given; expected layers 0..{config.n_layers - 1}")
     if not 0 < config.rope_fraction <= 1:
         raise InputError(f"rope_fraction: {config.rope_fraction} given; expected a number in (0, 1]")
+    if config.rope_theta <= 1:
+        raise InputError(f"rope_theta: {config.rope_theta} given; expected a number above 1")
     if not config.use_rotary_embeddings:
         defaults = {"rope_scaling": None, "rope_fraction": 1.0, "rope_theta": 10000.0}
         for name, default in defaults.items():

@@ -42,6 +42,8 @@ class GPTModel(nn.Module):
         _check_mesh(config, mesh)
         param, compute = config.param.torch, config.compute.torch
         self.embed = Embedding(config.vocab_size, config.d_model, dtype=param, out_dtype=compute)
+        # Rounded to the activations' type, as Gemma's published code does.
+        self.embed_scale = torch.tensor(config.embed_scale, dtype=compute, device="cpu").item()
         self.pos_embed = None
         if not config.use_rotary_embeddings:
             self.pos_embed = Embedding(config.max_seq_len, config.d_model, dtype=param, out_dtype=compute)
@@ -133,9 +135,8 @@ class GPTModel(nn.Module):
 
     def _embed(self, input_ids: Tensor, positions_BS: Tensor) -> Tensor:
         x_BSM = self.embed(input_ids)
-        if self.config.embed_scale != 1:
-            # Rounded to the activations' type first, as Gemma's published code does.
-            x_BSM = x_BSM * torch.tensor(self.config.embed_scale, dtype=x_BSM.dtype, device=x_BSM.device)
+        if self.embed_scale != 1:
+            x_BSM = x_BSM * self.embed_scale
         return x_BSM if self.pos_embed is None else x_BSM + self.pos_embed(positions_BS)
 
     def _blocks(
@@ -239,7 +240,7 @@ def _valid_places(
         if attention_mask.shape != (input_ids.shape[0], n_total):
             raise ShapeError(f"attention_mask: {tuple(attention_mask.shape)} given; expected "
                              f"{(input_ids.shape[0], n_total)} (batch, cached and new places)")
-        valid_BT = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+        valid_BT = attention_mask != 0  # a copy: the cache keeps it, the caller may change theirs
         if _is_readable(valid_BT) and bool(valid_BT.all()):
             valid_BT = None
             if cache is not None:

@@ -35,16 +35,18 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.storage = dtype
-        quantized = ops.is_quantized(dtype)
-        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype), requires_grad=not quantized)
-        self.register_buffer("weight_scale", torch.empty(d_out, dtype=torch.float32) if quantized else None)
+        self.is_quantized = ops.is_quantized(dtype)
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype), requires_grad=not self.is_quantized)
+        scale = torch.empty(d_out, dtype=torch.float32) if self.is_quantized else None
+        self.register_buffer("weight_scale", scale)
         self.bias = nn.Parameter(torch.empty(d_out, dtype=bias_dtype or dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.weight_scale is None and ops.is_quantized(self.storage):
-            weight = ops.fake_quantize_rows(weight, self.storage)
-        return ops.linear(x, weight, self.bias, self.weight_scale)
+        if not self.is_quantized:
+            return ops.linear(x, self.weight, self.bias)
+        if self.weight_scale is not None:
+            return ops.linear(x, self.weight, self.bias, self.weight_scale)
+        return ops.linear(x, ops.fake_quantize_rows(self.weight, self.storage), self.bias)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:

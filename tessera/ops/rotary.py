@@ -9,6 +9,7 @@ The rotation is half-split (dim i turns with dim i + R/2), the layout of Hugging
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -55,19 +56,24 @@ class RopeScaling:
             raise UnsupportedError(f"rope_scaling.kind: 'longrope' given; supported: {', '.join(_KINDS)}")
         if self.kind not in _KINDS:
             raise InputError(f"rope_scaling.kind: {self.kind!r} given; expected one of {', '.join(_KINDS)}")
+        for field in dataclasses.fields(self)[1:-1]:
+            value = getattr(self, field.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf) and not (value is None and field.default is None):
+                raise InputError(f"rope_scaling.{field.name}: {value!r} given; expected a number above 0")
         if not self.factor >= 1:
             raise InputError(f"rope_scaling.factor: {self.factor} given; expected a number >= 1")
-        if self.kind != "linear" and (self.original_max_seq_len is None or self.original_max_seq_len < 1):
+        if self.kind != "linear" and self.original_max_seq_len is None:
             raise InputError(
                 f"rope_scaling.original_max_seq_len: {self.original_max_seq_len} given; "
                 f"kind {self.kind!r} needs the context length (in tokens) that the model was trained on")
-        if not self.high_freq_factor > self.low_freq_factor > 0:
+        if not self.high_freq_factor > self.low_freq_factor:
             raise InputError(
                 f"rope_scaling.high_freq_factor: {self.high_freq_factor} given with low_freq_factor "
-                f"{self.low_freq_factor}; expected high > low > 0")
-        if not self.beta_fast >= self.beta_slow > 0:
+                f"{self.low_freq_factor}; expected more")
+        if not self.beta_fast >= self.beta_slow:
             raise InputError(
-                f"rope_scaling.beta_fast: {self.beta_fast} given; expected >= beta_slow {self.beta_slow} > 0")
+                f"rope_scaling.beta_fast: {self.beta_fast} given; expected at least beta_slow = {self.beta_slow}")
 
 
 def rope_frequencies(

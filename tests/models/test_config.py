@@ -49,7 +49,9 @@ def test_n_params_is_exact(fields):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"n_layers": 0}, "n_layers: 0 given; expected at least 1"),
+    ({"n_layers": 0}, r"n_layers: 0 given; expected 1\.\.10000"),
+    ({"n_layers": 10**9}, r"n_layers: 1000000000 given; expected 1\.\.10000"),
+    ({"rope_theta": 1.0}, "rope_theta: 1.0 given; expected a number above 1"),
     ({"n_kv_heads": 3}, "n_kv_heads: 3 given; expected a divisor of n_heads = 4"),
     ({"d_model": 30}, "d_model: 30 given; expected a multiple of n_heads = 4"),
     ({"d_model": 32.0}, "d_model: 32.0 given; expected int"),
@@ -90,6 +92,8 @@ def test_unsupported(fields, message):
 
 @pytest.mark.parametrize("fields, message", [
     ({"kind": "ntk"}, "rope_scaling.kind: 'ntk' given; expected one of linear, dynamic, llama3, yarn"),
+    ({"kind": "linear", "factor": "8"}, "rope_scaling.factor: '8' given; expected a number above 0"),
+    ({"kind": "yarn", "original_max_seq_len": 8, "mscale": float("nan")}, "rope_scaling.mscale: nan given"),
     ({"kind": "linear", "factor": 0.5}, "rope_scaling.factor: 0.5 given; expected a number >= 1"),
     ({"kind": "yarn", "factor": 2.0}, "rope_scaling.original_max_seq_len: None given; kind 'yarn' needs"),
     ({"kind": "llama3", "original_max_seq_len": 8, "high_freq_factor": 1.0}, "high_freq_factor: 1.0 given"),
@@ -114,6 +118,8 @@ def test_from_dict_names_the_keys():
         ts.GPTConfig.from_dict({**BASE, "n_layer": 3, "d_modell": 2})
     with pytest.raises(InputError, match="GPTConfig: d_ffn missing; needed are n_layers"):
         ts.GPTConfig.from_dict({key: value for key, value in BASE.items() if key != "d_ffn"})
+    with pytest.raises(InputError, match="GPTConfig: list given; expected a dict"):
+        ts.GPTConfig.from_dict([1])
     with pytest.raises(InputError, match="rope_scaling: unknown type; known are kind"):
         ts.GPTConfig.from_dict({**BASE, "rope_scaling": {"kind": "linear", "type": "linear"}})
 

@@ -136,9 +136,13 @@ def test_8bit_weights(dtype, bound):
         if getattr(other, "weight_scale", None) is not None:
             module.weight.data = other.weight.float() * other.weight_scale[:, None]
     torch.testing.assert_close(actual, wide(ids)["logits"], rtol=1e-5, atol=1e-5)
+    with torch.device("meta"):
+        assigned = ts.GPTModel(narrow.config)
     reloaded = model_of(10, weight_dtype=dtype)
     reloaded.load_state_dict(narrow.state_dict())
-    assert torch.equal(reloaded(ids)["logits"], actual)
+    assigned.load_state_dict(narrow.state_dict(), assign=True)
+    for model in (reloaded, assigned):
+        assert torch.equal(model(ids)["logits"], actual)
 
 
 def test_unfrozen_8bit_weights_train_as_they_will_be_stored():
