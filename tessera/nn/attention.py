@@ -40,9 +40,10 @@ class Attention(nn.Module):
         self.k_proj = Linear(d_model, kv_width, bias=qkv_bias, dtype=dtype, bias_dtype=bias_dtype)
         self.v_proj = Linear(d_model, kv_width, bias=qkv_bias, dtype=dtype, bias_dtype=bias_dtype)
         self.o_proj = Linear(q_width, d_model, bias=out_bias, dtype=dtype, bias_dtype=bias_dtype)
-        normed = qk_norm_eps is not None
-        self.q_norm = RMSNorm(d_head, eps=qk_norm_eps, dtype=bias_dtype) if normed else None
-        self.k_norm = RMSNorm(d_head, eps=qk_norm_eps, dtype=bias_dtype) if normed else None
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(d_head, eps=qk_norm_eps, dtype=bias_dtype)
+            self.k_norm = RMSNorm(d_head, eps=qk_norm_eps, dtype=bias_dtype)
 
     def forward(
         self, x_BSM: Tensor, mask: ops.Mask, rope: tuple[Tensor, Tensor] | None = None,
@@ -51,12 +52,12 @@ class Attention(nn.Module):
         heads = (*x_BSM.shape[:2], -1, self.d_head)
         q_BSHD = self.q_proj(x_BSM).view(heads)
         k_BSKD = self.k_proj(x_BSM).view(heads)
-        v_BKSD = self.v_proj(x_BSM).view(heads).transpose(1, 2)
-        if self.q_norm is not None:
+        v_BSKD = self.v_proj(x_BSM).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSKD = self.q_norm(q_BSHD), self.k_norm(k_BSKD)
         if rope is not None:
             q_BSHD, k_BSKD = ops.rotary(q_BSHD, *rope), ops.rotary(k_BSKD, *rope)
-        k_BKTD, v_BKTD = k_BSKD.transpose(1, 2), v_BKSD
+        k_BKTD, v_BKTD = k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
         if cache is not None:
             k_BKTD, v_BKTD = cache.update(layer, k_BKTD, v_BKTD)
         out_BSHD = ops.attention(

@@ -5,6 +5,8 @@ In: normed activations [..., d_model]. Out: the same shape. nn.Block calls it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -29,10 +31,10 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        storage = {"bias": bias, "dtype": dtype, "bias_dtype": bias_dtype}
-        self.gate_proj = Linear(d_model, d_ffn, **storage) if is_gated else None
-        self.up_proj = Linear(d_model, d_ffn, **storage)
-        self.down_proj = Linear(d_ffn, d_model, **storage)
+        linear = functools.partial(Linear, bias=bias, dtype=dtype, bias_dtype=bias_dtype)
+        self.gate_proj = linear(d_model, d_ffn) if is_gated else None
+        self.up_proj = linear(d_model, d_ffn)
+        self.down_proj = linear(d_ffn, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:

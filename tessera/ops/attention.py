@@ -47,21 +47,22 @@ def make_mask(
     Returns:
         The mask. A query at a padded place sees at least itself, so that no softmax runs over nothing.
     """
-    windowed = window is not None and window < n_total
+    if window is not None and window >= n_total:
+        window = None
     if valid_BT is None:
         if n_new == 1:
-            return Mask(last=window if windowed else None)
-        if n_new == n_total and not windowed:
+            return Mask(last=window)
+        if n_new == n_total and window is None:
             return Mask(causal=True)
     key_T = torch.arange(n_total, device=device)
     query_S = key_T[n_total - n_new:]
     allowed = (key_T <= query_S[:, None])[None, None]
     if valid_BT is None:
-        if windowed:
+        if window is not None:
             allowed = allowed & (key_T > query_S[:, None] - window)
         return Mask(allowed=allowed)
     allowed = allowed & valid_BT[:, None, None, :]
-    if windowed:
+    if window is not None:
         place_BT = valid_BT.long().cumsum(-1)
         allowed = allowed & (place_BT[:, None, None, :] > place_BT[:, None, -n_new:, None] - window)
     return Mask(allowed=allowed | (key_T == query_S[:, None]))
