@@ -59,11 +59,12 @@ class Compiled:
         """
         run = _Run(dict(zip(self.function.sizes, sizes, strict=True)))
         with torch.no_grad():
-            for param, arg in zip(self.function.params, args, strict=True):
-                if isinstance(arg, Tensor):
-                    run.bind_tensor(param, arg, self._first_access.get(param.name, ""))
-                else:
-                    run.assign(param.value, torch.tensor(arg, dtype=param.value.type.dtype.torch))
+            bound = list(zip(self.function.params, args, strict=True))
+            for param, arg in bound:
+                if not param.is_view:
+                    run.assign(param.value, torch.as_tensor(arg).to(param.value.type.dtype.torch))
+            tensors = [(param, arg) for param, arg in bound if param.is_view]
+            run.bind_tensors([p for p, _ in tensors], [t for _, t in tensors], self._first_access)
             run.block(self.function.body)
 
 
@@ -90,7 +91,7 @@ class _Run:
         self.numbers = sizes  # named sizes and every int scalar: what dims are made of
         self.tiles: dict[str, Slot] = {}
         self.views: dict[str, View] = {}
-        self.memories: dict[tuple[Any, ...], Memory] = {}
+        self.memories: list[Memory] = []
         self.programs = Programs()
         self.coordinates: list[int] = []
 
@@ -135,24 +136,32 @@ class _Run:
             raise AccessError(f"{value.hint or 'the tile'} is read before all of it has been written")
         return x
 
-    def bind_tensor(self, param: ir.Param, tensor: Tensor, first_access: str) -> None:
-        """Make a tensor the memory of a parameter. Two parameters on the same memory share its history."""
+    def bind_tensors(self, params: Sequence[ir.Param], tensors: Sequence[Tensor], first: dict[str, str]) -> None:
+        """Make each tensor the memory of its parameter. Parameters on the same memory share its history."""
+        groups: dict[tuple[Any, ...], list[tuple[ir.Param, Tensor]]] = {}
+        for param, tensor in zip(params, tensors):
+            data = self._checked(param, tensor)
+            key = (data.data_ptr(), data.shape, data.stride(), data.dtype) if data.numel() else (param.name,)
+            groups.setdefault(key, []).append((param, data))
+        for group in groups.values():
+            accesses = {first.get(param.name, "load") for param, _ in group}
+            tracked = any(param.name in first for param, _ in group)
+            memory = Memory(group[0][0].name, group[0][1], self.programs, tracked=tracked, fresh=accesses <= _WRITES)
+            self.memories.append(memory)
+            for param, data in group:
+                self.views[param.value.name] = View(memory, tuple(slice(0, size) for size in data.shape))
+
+    def _checked(self, param: ir.Param, tensor: Tensor) -> Tensor:
         if tensor.device.type != "cpu":
             raise UnsupportedError(f"interp: {param.name} is on {tensor.device}; the interpreter runs on the CPU")
         shape = self.nominal(param.value.type)
         data = tensor.detach()
         if param.value.type.dtype == int4:
             data = math.unpack_int4(data)
-            data = _cut(data, shape)
+            data = _cut(data, shape)  # the last byte of an odd row holds one value
         if list(data.shape) != shape:
             raise LaunchError(f"{param.name}: a tensor of {list(data.shape)} given; expected {shape}")
-        key = (data.data_ptr(), data.shape, data.stride(), data.dtype) if data.numel() else (param.name,)
-        memory = self.memories.get(key)
-        if memory is None or (first_access and not memory.users):
-            memory = Memory(param.name, data, self.programs, tracked=bool(first_access),
-                            fresh=first_access in _WRITES and memory is None)
-            self.memories[key] = memory
-        self.views[param.value.name] = View(memory, tuple(slice(0, size) for size in shape))
+        return data
 
     # -- execution ----------------------------------------------------------------------------------
 
@@ -357,7 +366,7 @@ class _Run:
     def _grid_open(self) -> Iterator[None]:
         self.programs.bases.append(next(self.programs.numbers))
         yield
-        for memory in self.memories.values():
+        for memory in self.memories:
             memory.close_grid()
         self.programs.bases.pop()
 
