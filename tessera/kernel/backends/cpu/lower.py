@@ -1,0 +1,285 @@
+"""Tile IR to LLVM: walks the operations and puts the pieces of this folder together.
+
+In: a function after the passes. Out: an LLVM module with, for each segment k (one parallel loop, or
+serial code that has effects), `items_k(args) -> i64` and `body_k(args, begin, end)`: any thread may run any
+range of items. `args` points at 8-byte slots: for a view its address and strides, for a scalar an i64 or
+a double, then the sizes.
+"""
+
+from __future__ import annotations
+
+from tessera.errors import UnsupportedError
+from tessera.kernel import ir
+from tessera.kernel.backends.cpu import emit, plan
+from tessera.kernel.backends.cpu.context import Context, Memory
+from tessera.kernel.backends.cpu.control import lower_for, lower_if, lower_while
+from tessera.kernel.backends.cpu.elements import Point, compute, element, index64, load, store
+from tessera.kernel.backends.cpu.emit import I64, PTR, Val
+from tessera.kernel.backends.cpu.host import Target
+from tessera.kernel.backends.cpu.loops import each, sweep, write
+from tessera.kernel.backends.cpu.matmul import lower_mma
+from tessera.kernel.backends.cpu.reductions import reduce, scan
+from tessera.kernel.backends.cpu.sorting import sort
+from tessera.kernel.ir import Block, Function, Op
+
+_SCALAR = ir.ELEMENTWISE | {"rand"}
+_LAZY = frozenset("broadcast transpose reshape slice full iota load gather".split())
+
+
+def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
+    """The module and its number of segments."""
+    module = emit.Module()
+    kept = plan.plan(function)
+    segments = _segments(function.body)
+    for number, (shared, ops) in enumerate(segments):
+        _lower_segment(function, module, target, kept, number, shared, ops)
+    return module, len(segments)
+
+
+def _segments(body: Block) -> list[tuple[list[Op], list[Op]]]:
+    """Split the top level at its grids: (operations to repeat, operations of the segment)."""
+    pure: list[Op] = []
+    segments: list[tuple[list[Op], list[Op]]] = []
+    for op in body.ops:
+        if op.name == "grid":
+            segments.append((list(pure), [op]))
+        elif _has_effects(op):
+            if segments and segments[-1][1][-1].name != "grid" and len(segments[-1][0]) == len(pure):
+                segments[-1][1].append(op)
+            else:
+                segments.append((list(pure), [op]))
+            if op.results:
+                raise UnsupportedError("a loop outside the grid both stores and carries values; move it into the grid")
+        else:
+            pure.append(op)
+    return segments
+
+
+def _has_effects(op: Op) -> bool:
+    return op.name in ir.EFFECTS or any(_has_effects(inner) for region in op.regions for inner in region.ops)
+
+
+def _lower_segment(function: Function, module: emit.Module, target: Target, kept: set[str], number: int,
+                   shared: list[Op], ops: list[Op]) -> None:
+    items = module.function(f"items_{number}", I64, [("args", "ptr")])
+    ctx = Context(function, module, target, items)
+    total: Val = emit.const(1, I64)
+    if ops[0].name == "grid":
+        _lower_block(ctx, Block(ops=[op for op in shared if not op.result.type.rank or op.name == "view"]))
+        for count in ops[0].operands:
+            total = ctx.b.mul(total, ctx.b.max(index64(ctx, ctx.scalars[count.name]), 0))
+    ctx.b.ret(total)
+    body = module.function(f"body_{number}", emit.VOID, [("args", PTR), ("begin", I64), ("end", I64)])
+    ctx = Context(function, module, target, body)
+    ctx.materialize = kept
+    _lower_block(ctx, Block(ops=shared))
+    if ops[0].name == "grid":
+        with ctx.b.for_(body.args[1], body.args[2]) as loop, ctx.scope():
+            _grid_item(ctx, ops[0], loop.i)
+    else:
+        _lower_block(ctx, Block(ops=ops))
+    ctx.finish()
+
+
+def _grid_item(ctx: Context, op: Op, item: Val) -> None:
+    """One program of the grid: the last index runs fastest."""
+    b, region = ctx.b, op.regions[0]
+    for arg, count in reversed(list(zip(region.args, op.operands))):
+        if arg is region.args[0]:
+            index = item
+        else:
+            size = index64(ctx, ctx.scalars[count.name])
+            index, item = b.urem(item, size), b.udiv(item, size)
+        ctx.scalars[arg.name] = index
+    _lower_block(ctx, region)
+
+
+def _lower_block(ctx: Context, block: Block) -> None:
+    for op in block.ops:
+        rule = _RULES.get(op.name)
+        if rule is not None:
+            rule(ctx, op)
+        elif op.results and not op.result.type.rank:
+            ctx.scalars[op.result.name] = _scalar(ctx, op)
+        elif op.name in _LAZY or op.name in _SCALAR:
+            if op.result.name in ctx.materialize:
+                _materialize(ctx, op)
+        elif op.name != "yield":
+            raise UnsupportedError(f"cpu: operation {op.name!r} at {op.loc}")
+
+
+def _scalar(ctx: Context, op: Op) -> Val:
+    if op.name in _SCALAR:
+        return compute(ctx, op, [ctx.scalars[v.name] for v in op.operands])
+    if op.name == "load":
+        return load(ctx, ctx.memory[op.operands[0].name], Point(()))
+    known = ctx.memory.get(op.result.name)
+    assert known is None
+    from tessera.kernel.backends.cpu.elements import _compute
+    return _compute(ctx, op.result, Point(()))
+
+
+def _materialize(ctx: Context, op: Op) -> None:
+    memory = ctx.buffer(op.result)
+    write(ctx, memory, op.result)
+    ctx.memory[op.result.name] = memory
+
+
+def _const(ctx: Context, op: Op) -> None:
+    from tessera.kernel.backends.cpu.context import register_type
+    ctx.scalars[op.result.name] = emit.const(op.attrs["value"], register_type(op.result.type.dtype))
+
+
+def _dim(ctx: Context, op: Op) -> None:
+    ctx.scalars[op.result.name] = ctx.size(op.attrs["expr"])
+
+
+def _view(ctx: Context, op: Op) -> None:
+    b, base = ctx.b, ctx.memory[op.operands[0].name]
+    indices, strides = [], []
+    for entry, stride in zip(op.attrs["spec"], base.strides):
+        start = emit.const(0, I64) if entry[0] == "all" else index64(ctx, ctx.scalars[op.operands[entry[1]].name])
+        indices.append(start)
+        if entry[0] != "at":
+            strides.append(stride)
+    if base.dtype.name == "int4":
+        raise UnsupportedError("cpu: a slice of an int4 parameter; load it whole")
+    ctx.memory[op.result.name] = Memory(base.address(b, indices), tuple(strides), base.dtype)
+
+
+def _reduce(ctx: Context, op: Op) -> None:
+    scalar = reduce(ctx, op)
+    if scalar is not None:
+        ctx.scalars[op.result.name] = scalar
+
+
+def _store(ctx: Context, op: Op) -> None:
+    view, value = op.operands
+    memory = ctx.memory[view.name]
+    if not value.type.rank:
+        store(ctx, memory, Point(()), ctx.scalars[value.name])
+        return
+    source = _uncast(op, value)
+    sweep(ctx, _store_type(view, value), [source],
+          lambda point: store(ctx, memory, point, element(ctx, source, point)))
+
+
+def _store_type(view: ir.Value, value: ir.Value) -> ir.TileTy:
+    """What both the target and the tile count as valid."""
+    valid = tuple(a if v is None else v if a is None or a == v else a.minimum(v)
+                  for a, v in zip(view.type.valid, value.type.valid))
+    return ir.TileTy(value.type.shape, value.type.dtype, valid)
+
+
+def _uncast(op: Op, value: ir.Value) -> ir.Value:
+    """A store rounds by itself: skip a float cast to the target's dtype that feeds it alone."""
+    made = value.op
+    if made is not None and made.name == "cast" and value.type.dtype.is_float and value.type.dtype.bits < 32 and \
+            made.operands[0].type.dtype.name == "f32":
+        return made.operands[0]
+    return value
+
+
+def _concat(ctx: Context, op: Op) -> None:
+    memory, axis = ctx.buffer(op.result), op.attrs["axis"]
+    offset = emit.const(0, I64)
+    for operand in op.operands:
+        start = [emit.const(0, I64)] * operand.type.rank
+        start[axis] = offset
+        write(ctx, Memory(memory.address(ctx.b, start), memory.strides, memory.dtype), operand)
+        offset = ctx.b.add(offset, ctx.size(operand.type.shape[axis]))
+    ctx.memory[op.result.name] = memory
+
+
+def _insert(ctx: Context, op: Op) -> None:
+    x, scalar, *indices = op.operands
+    memory = ctx.buffer(op.result)
+    write(ctx, memory, x)
+    store(ctx, memory, Point(tuple(index64(ctx, ctx.scalars[i.name]) for i in indices)), ctx.scalars[scalar.name])
+    ctx.memory[op.result.name] = memory
+
+
+def _extract(ctx: Context, op: Op) -> None:
+    x, *indices = op.operands
+    point = Point(tuple(index64(ctx, ctx.scalars[i.name]) for i in indices))
+    ctx.scalars[op.result.name] = element(ctx, x, point)
+
+
+def _reshape(ctx: Context, op: Op) -> None:
+    """Over memory a reshape is another set of strides, as long as the source lies densely."""
+    source = ctx.memory.get(op.operands[0].name)
+    if op.operands[0].name in ctx.materialize or (op.operands[0].op is not None and op.operands[0].op.name in
+                                                  (*plan.BUFFERED, "reduce")):
+        if source is not None and op.result.type.rank:
+            count, strides = emit.const(1, I64), []
+            for dim in reversed(op.result.type.shape):
+                strides.insert(0, count)
+                count = ctx.b.mul(count, ctx.size(dim))
+            ctx.memory[op.result.name] = Memory(source.pointer, tuple(strides), source.dtype)
+            return
+    if not op.result.type.rank:
+        zero = Point((emit.const(0, I64),) * op.operands[0].type.rank)
+        ctx.scalars[op.result.name] = element(ctx, op.operands[0], zero)
+
+
+def _scatter(ctx: Context, op: Op) -> None:
+    view, index, rows = op.operands
+    memory, lead = ctx.memory[view.name], index.type.rank
+    if rows.type.rank == lead:
+        def one(point: Point) -> None:
+            store(ctx, memory, Point((index64(ctx, element(ctx, index, point)),)), element(ctx, rows, point))
+        _each_point(ctx, rows, one)
+        return
+    inner = ir.TileTy(rows.type.shape[lead:], rows.type.dtype, rows.type.valid[lead:])
+
+    def row(point: Point) -> None:
+        target = index64(ctx, element(ctx, index, point)) if lead else ctx.scalars[index.name]
+        sweep(ctx, inner, [], lambda p: store(
+            ctx, memory, p.pick((target, *p.indices), None if p.axis is None else p.axis + 1),
+            element(ctx, rows, p.pick((*point.indices, *p.indices), None if p.axis is None else p.axis + lead))))
+
+    _each_point(ctx, index, row)
+
+
+def _atomic_add(ctx: Context, op: Op) -> None:
+    view, value = op.operands
+    memory, b = ctx.memory[view.name], ctx.b
+    if memory.dtype.bits < 32:
+        raise UnsupportedError(f"cpu: atomic_add into {memory.dtype}; expected f32, f64, int32 or int64")
+
+    def one(point: Point) -> None:
+        x = element(ctx, value, point)
+        kind = "fadd" if emit.is_float(x.ty) else "add"
+        b.emit(f"atomicrmw {kind} ptr {memory.address(b, point.indices).name}, {x} monotonic", x.ty)
+
+    _each_point(ctx, value, one)
+
+
+def _each_point(ctx: Context, value: ir.Value, body) -> None:
+    def nest(indices: tuple[Val, ...]) -> None:
+        if len(indices) == value.type.rank:
+            body(Point(indices))
+        else:
+            with each(ctx, ctx.size(value.type.extent(len(indices)))) as index:
+                nest((*indices, index))
+
+    nest(())
+
+
+def _grid_inside(ctx: Context, op: Op) -> None:
+    """A grid inside a loop or another grid runs in order."""
+    total: Val = emit.const(1, I64)
+    for count in op.operands:
+        total = ctx.b.mul(total, index64(ctx, ctx.scalars[count.name]))
+    with ctx.b.for_(0, total) as loop, ctx.scope():
+        _grid_item(ctx, op, loop.i)
+
+
+_RULES = {
+    "const": _const, "dim": _dim, "view": _view, "reduce": _reduce, "scan": scan, "sort": sort, "mma": lower_mma,
+    "store": _store, "concat": _concat, "insert": _insert, "extract": _extract, "reshape": _reshape,
+    "scatter": _scatter, "atomic_add": _atomic_add, "grid": _grid_inside,
+    "for": lambda ctx, op: lower_for(ctx, op, _lower_block),
+    "while": lambda ctx, op: lower_while(ctx, op, _lower_block),
+    "if": lambda ctx, op: lower_if(ctx, op, _lower_block),
+}

@@ -1,0 +1,88 @@
+"""Decides which tiles of a function lie in memory and which are computed where they are used.
+
+In: a function after the passes. Out: the names of the values to materialise. A tile is kept when an
+operation needs random access to it, when it is costly (exp, div, ...) and used more than once or
+repeated by a loop or a broadcast, or when memory it reads is written later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tessera.kernel import ir
+from tessera.kernel.backends.cpu.elements import COSTLY, lazy_reshape_suffix
+from tessera.kernel.ir import Block, Function, Op, Value
+
+BUFFERED = frozenset("mma scan sort insert concat".split())  # and reduce of rank >= 1
+_LAZY = frozenset(ir.ELEMENTWISE | set("broadcast transpose reshape slice full iota load gather rand".split()))
+
+
+def plan(function: Function) -> set[str]:
+    """Names of lazy values that must be written to scratch where they are defined."""
+    uses: Counter[str] = Counter()
+    depth: dict[str, int] = {}
+    _count(function.body, 0, uses, depth)
+    kept: set[str] = set()
+    written = {_param_of(op.operands[0]) for op in ir.walk(function.body)
+               if op.name in ("store", "scatter", "atomic_add")}
+    for op in ir.walk(function.body):
+        if op.name == "reshape" and not lazy_reshape_suffix(op):
+            kept |= _in_memory(op.operands[0])
+        elif op.name == "extract":
+            kept |= _in_memory(op.operands[0]) if op.operands[0].op is not None and _is_costly(op.operands[0], kept) \
+                else set()
+        elif op.name in ("load", "gather") and op.result.type.rank and _param_of(op.operands[0]) in written:
+            kept.add(op.result.name)
+        for result in op.results:
+            if op.name in _LAZY and result.type.rank and _is_costly(result, kept) and (
+                    uses[result.name] > 1 or _repeated(result, op, function, depth)):
+                kept.add(result.name)
+    return kept
+
+
+def _count(block: Block, level: int, uses: Counter[str], depth: dict[str, int]) -> None:
+    """Uses of each value; a use in a deeper loop than the definition counts twice."""
+    for arg in block.args:
+        depth[arg.name] = level
+    for op in block.ops:
+        for operand in op.operands:
+            uses[operand.name] += 2 if level > depth.get(operand.name, 0) else 1
+        for result in op.results:
+            depth[result.name] = level
+        for region in op.regions:
+            _count(region, level + (op.name in ("for", "while", "grid")), uses, depth)
+
+
+def _in_memory(value: Value) -> set[str]:
+    if value.op is None or value.op.name in BUFFERED or value.op.name in ir.CONTROL:
+        return set()
+    return {value.name} if value.op.name != "reduce" else set()
+
+
+def _is_costly(value: Value, kept: set[str]) -> bool:
+    """Whether computing an element takes more than a few cheap instructions."""
+    op = value.op
+    if op is None or op.name not in _LAZY or not value.type.rank:
+        return False
+    if op.name in COSTLY:
+        return True
+    return any(operand.name not in kept and _is_costly(operand, kept) for operand in op.operands)
+
+
+def _repeated(value: Value, op: Op, function: Function, depth: dict[str, int]) -> bool:
+    """Whether a broadcast over a leading axis would compute the value once a row again."""
+    for user in ir.walk(function.body):
+        if user.name == "broadcast" and user.operands[0] is value:
+            axes = user.attrs["axes"]
+            source_last = max((i for i, a in enumerate(axes) if a is not None), default=-1)
+            if any(a is None for a in axes[:source_last]):
+                return True
+        if user.name == "mma" and value in user.operands:
+            return True
+    return False
+
+
+def _param_of(view: Value) -> str:
+    while view.op is not None and view.op.name == "view":
+        view = view.op.operands[0]
+    return view.name
