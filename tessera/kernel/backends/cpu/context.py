@@ -242,7 +242,7 @@ def floor_div(b: Builder, x: Val, y: Val) -> Val:
     """Floor division of signed integers, as Python divides; plain where both are known not to be negative."""
     if y.const is not None and y.const > 0 and y.const & (y.const - 1) == 0:
         return b.ashr(x, y.const.bit_length() - 1)
-    quotient = b.sdiv(x, y)
+    quotient = b.div(x, y)
     remainder = b.sub(x, b.mul(quotient, y))
     wrong = b.and_(b.cmp("ne", remainder, 0), b.cmp("lt", b.xor(remainder, y), 0))
     return b.select(wrong, b.sub(quotient, 1), quotient)

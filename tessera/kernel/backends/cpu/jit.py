@@ -1,0 +1,140 @@
+"""LLVM text to machine code: verify, optimise, assemble, load.
+
+In: the text of a module (`emit.py`) and a `Target`. Out: object bytes, which can be kept on disk, and from
+object bytes a `Library` with the addresses of its functions. Called by the backend's launch path and cache.
+
+The optimiser runs LLVM's scalar pipeline without its vectorizers and its unroller: the generator has chosen
+vectors and unrolling already. Floating-point results do not depend on the pipeline: only `contract` is allowed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from functools import cache
+
+import llvmlite.binding as llvm
+
+from tessera import env
+from tessera.errors import CompileError, UnsupportedError
+from tessera.kernel.backends.cpu.host import Target, runs_here
+
+_lock = threading.RLock()
+_names = itertools.count()
+_RUNTIME_SYMBOLS: dict[str, int] = {}
+
+
+class Library:
+    """Loaded machine code; it is unmapped when the last reference goes."""
+
+    def __init__(self, name: str, tracker: llvm.ResourceTracker) -> None:
+        self._name, self._tracker = name, tracker
+        self._lookups: dict[str, llvm.ResourceTracker] = {}
+
+    def address(self, symbol: str) -> int:
+        """The address of an external function or variable.
+
+        Raises:
+            CompileError: the object does not define it.
+        """
+        with _lock:
+            if symbol not in self._lookups:
+                try:
+                    self._lookups[symbol] = _linker().lookup(self._name, symbol)
+                except RuntimeError as error:
+                    raise CompileError(f"compiled object has no symbol {symbol!r}: {_one_line(error)}") from None
+            return self._lookups[symbol][symbol]
+
+
+def compile_to_object(ir_text: str, target: Target) -> bytes:
+    """Machine code of a module as a relocatable object.
+
+    Raises:
+        CompileError: the text is not valid LLVM assembly (a defect of the generator).
+    """
+    with _lock:
+        machine = _machine(target)
+        module = _optimized(ir_text, machine)
+        if "asm" in env.get("TESSERA_DUMP").split(","):
+            print(machine.emit_assembly(module), file=sys.stderr)
+        return machine.emit_object(module)
+
+
+def compile_to_asm(ir_text: str, target: Target) -> str:
+    """The assembly text of a module, for people and tests."""
+    with _lock:
+        machine = _machine(target)
+        return machine.emit_assembly(_optimized(ir_text, machine))
+
+
+def optimized_ir(ir_text: str, target: Target) -> str:
+    """The module after the optimiser, as LLVM text."""
+    with _lock:
+        return str(_optimized(ir_text, _machine(target)))
+
+
+def load_object(data: bytes, target: Target) -> Library:
+    """Map an object's code into the process; symbols it does not define come from the process and `provide`.
+
+    Raises:
+        UnsupportedError: the code is for a processor with instructions that this machine lacks.
+        CompileError: the bytes are not an object of this machine, or a symbol is missing.
+    """
+    if not runs_here(target):
+        raise UnsupportedError(f"code for {target.cpu} cannot run on this machine ({llvm.get_host_cpu_name()})")
+    with _lock:
+        name = f"tessera{next(_names)}"
+        builder = llvm.JITLibraryBuilder().add_object_img(data).add_current_process()
+        for symbol, address in _RUNTIME_SYMBOLS.items():
+            builder.import_symbol(symbol, address)
+        try:
+            return Library(name, builder.link(_linker(), name))
+        except RuntimeError as error:
+            raise CompileError(f"cannot load compiled object: {_one_line(error)}") from None
+
+
+def provide(symbol: str, address: int) -> None:
+    """Make an address known to objects loaded from now on under a symbol's name."""
+    with _lock:
+        _RUNTIME_SYMBOLS[symbol] = address
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@cache
+def _initialize() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+@cache
+def _linker() -> llvm.LLJIT:
+    _initialize()
+    return llvm.create_lljit_compiler(
+        llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(jit=True), suppress_errors=False)
+
+
+@cache
+def _machine(target: Target) -> llvm.TargetMachine:
+    _initialize()
+    return llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=2, reloc="pic", codemodel="small", jit=True)
+
+
+def _optimized(ir_text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    try:
+        module = llvm.parse_assembly(ir_text, context=llvm.create_context())
+        module.verify()
+    except RuntimeError as error:
+        raise CompileError(f"the CPU backend generated invalid LLVM: {_one_line(error)}") from None
+    module.triple = machine.triple
+    module.data_layout = str(machine.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=1)
+    options.loop_vectorization = options.slp_vectorization = False
+    options.loop_interleaving = options.loop_unrolling = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return module
