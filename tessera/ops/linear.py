@@ -6,11 +6,15 @@ dtype. nn.Linear calls `linear`; loaders and initialisation call `quantize_rows`
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.errors import UnsupportedError
+
+_FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
 
 # Largest finite magnitude of each 8-bit storage type: what a row's largest weight maps to.
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
@@ -73,4 +77,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         weight = weight.to(x.dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
+    if x.dtype is torch.float32 and x.is_cpu and not torch.is_grad_enabled():
+        n_rows = x.numel() // max(x.shape[-1], 1)
+        if 0 < n_rows <= _FEW_ROWS:
+            out = _linear_few_rows(x.reshape(n_rows, -1), weight)
+            out = out if bias is None else out.add_(bias)
+            return out.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
+
+
+def _linear_few_rows(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x @ weight^T for the few rows of a decode step, bound by the reading of the weight.
+
+    torch's product of one row runs on one thread, and of a few rows at a third of the memory's speed. Read as
+    a batch of slices of the weight, or with the weight on the left, it runs at 0.8 of it (measured: one row
+    15 -> 29 GB/s, four rows 6.5 -> 22 GB/s, of 35).
+    """
+    n_rows, d_in = x_NI.shape
+    if n_rows > 1:
+        return (weight_OI @ x_NI.t()).t().contiguous()
+    d_out = weight_OI.shape[0]
+    n_slices = math.gcd(d_out, 1 << (torch.get_num_threads() - 1).bit_length())
+    if n_slices == 1 or not weight_OI.is_contiguous():
+        return F.linear(x_NI, weight_OI)
+    slices = weight_OI.view(n_slices, d_out // n_slices, d_in)
+    return torch.bmm(slices, x_NI.t().expand(n_slices, d_in, 1)).view(1, d_out)
