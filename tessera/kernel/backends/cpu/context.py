@@ -41,15 +41,19 @@ def register_type(dtype: DType) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """A window on memory: address, element strides and the dtype of what lies there."""
+    """A window on memory: address, element strides and the dtype of what lies there.
+
+    `offset` counts elements from the address; only packed int4 needs it, whose elements have no addresses.
+    """
 
     pointer: Val
     strides: tuple[Val, ...]
     dtype: DType
+    offset: Val = emit.const(0, I64)
 
     def address(self, b: Builder, indices: Sequence[Val]) -> Val:
         """The address of one element."""
-        offset = emit.const(0, I64)
+        offset = self.offset
         for index, stride in zip(indices, self.strides):
             offset = b.add(offset, b.mul(index, stride))
         return b.gep(self.pointer, offset, storage_type(self.dtype))
@@ -161,7 +165,7 @@ class Context:
         for dim in reversed(shape):
             strides.insert(0, self.size(count))
             count = count * dim
-        return Memory(self.scratch(count * (dtype.bits // 8)), tuple(strides), dtype)
+        return Memory(self.scratch(count * max(1, dtype.bits // 8)), tuple(strides), dtype)
 
     def scratch(self, nbytes: Dim) -> Val:
         """Scratch bytes that live as long as the segment.
@@ -180,19 +184,18 @@ class Context:
     def finish(self) -> None:
         """Emit the allocation of all scratch at the start, its release and the return at the end."""
         b = self.b
-        sizes = [(pointer, (nbytes + 63) // 64 * 64 if nbytes.const is not None else nbytes + 64)
-                 for pointer, nbytes in self._scratch]
-        total = sum((nbytes for _, nbytes in sizes), Dim.of(0))
+        # Each buffer is rounded up to a cache line: 64 bytes more than it asks for always suffice.
+        total = sum((nbytes + 64 for _, nbytes in self._scratch), Dim.of(0))
         heap = total.const is None or total.const > MAX_STACK_SCRATCH
         with self.prologue():
             if heap:
                 allocate = self.module.declare("aligned_alloc", PTR, [I64, I64])
                 rounded = b.and_(b.add(self.size(total), 63), -64)
                 base = b.call(allocate, 64, rounded)
-            elif sizes:
+            elif self._scratch:
                 base = b.alloca(I8, total.const or 1)
             offset = emit.const(0, I64)
-            for pointer, nbytes in sizes:
+            for pointer, nbytes in self._scratch:
                 self.llvm.lines.append(f"  {pointer.name} = getelementptr i8, {base}, {offset}")
                 offset = b.and_(b.add(offset, b.add(self.size(nbytes), 63)), -64)
         if heap:

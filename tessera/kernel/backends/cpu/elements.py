@@ -17,7 +17,7 @@ from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floo
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
 from tessera.kernel.backends.cpu.storage import from_storage, round_to, to_storage
 from tessera.kernel.ir import Op, Value
-from tessera.types import int4
+from tessera.types import DType, int4
 
 ANY = Val("?", I64)  # an index not known yet: `hoist` computes what does not depend on it
 
@@ -224,7 +224,7 @@ def _lane_pointers(ctx: Context, memory: Memory, point: Point) -> Val:
 def _load_int4(ctx: Context, memory: Memory, point: Point) -> Val:
     """Two values a byte, the even index in the low nibble, both signed."""
     b = ctx.b
-    offset: Val = emit.const(0, I64)
+    offset = memory.offset
     for index, stride in zip(point.indices, memory.strides):
         offset = b.add(offset, b.mul(index, stride))
     if point.axis is not None:
@@ -350,7 +350,7 @@ def cast(ctx: Context, x: Val, op: Op) -> Val:
         x = b.cast("fptrunc" if source.bits == 64 and ty != emit.F64 else "fpext", x, ty) if emit.elem(x.ty) != ty else x
         return round_to(b, x, target) if target.bits < 32 else x
     if source.is_float:
-        return wrap_int(b, _float_to_int(b, x, ty), target)
+        return _float_to_int(b, x, target)
     if target.is_float:
         x = b.cast("uitofp" if source.kind == "bool" else "sitofp", x, ty)
         return round_to(b, x, target) if target.bits < 32 else x
@@ -361,12 +361,15 @@ def cast(ctx: Context, x: Val, op: Op) -> Val:
     return wrap_int(b, x, target)
 
 
-def _float_to_int(b: emit.Builder, x: Val, ty: str) -> Val:
-    to = emit.vec(emit.lanes(x.ty), ty)
-    return b.intrinsic("llvm.fptosi.sat", [x], to, overload=[to, x.ty])
+def _float_to_int(b: emit.Builder, x: Val, target: DType) -> Val:
+    """Truncates; what does not fit becomes the nearest int, NaN 0."""
+    unsigned = target.kind == "uint"
+    to = emit.vec(emit.lanes(x.ty), f"i{target.bits}")
+    narrow = b.intrinsic("llvm.fptoui.sat" if unsigned else "llvm.fptosi.sat", [x], to, overload=[to, x.ty])
+    return b.cast("zext" if unsigned else "sext", narrow, register_type(target))
 
 
-def wrap_int(b: emit.Builder, x: Val, target) -> Val:
+def wrap_int(b: emit.Builder, x: Val, target: DType) -> Val:
     """int8 and uint8 are held in i32: keep the low byte, sign- or zero-extended."""
     if target.bits != 8:
         return x

@@ -37,19 +37,23 @@ def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
 
 
 def _segments(body: Block) -> list[tuple[list[Op], list[Op]]]:
-    """Split the top level at its grids: (operations to repeat, operations of the segment)."""
+    """Split the top level at its grids: (operations to repeat, operations of the segment).
+
+    Where a loop outside the grids both has effects and carries values out, nothing can be repeated: the
+    whole kernel is one serial segment.
+    """
+    if any(_has_effects(op) and op.results for op in body.ops):
+        return [([], body.ops)]
     pure: list[Op] = []
     segments: list[tuple[list[Op], list[Op]]] = []
     for op in body.ops:
         if op.name == "grid":
             segments.append((list(pure), [op]))
         elif _has_effects(op):
-            if segments and segments[-1][1][-1].name != "grid" and len(segments[-1][0]) == len(pure):
+            if segments and segments[-1][1][0].name != "grid" and len(segments[-1][0]) == len(pure):
                 segments[-1][1].append(op)
             else:
                 segments.append((list(pure), [op]))
-            if op.results:
-                raise UnsupportedError("a loop outside the grid both stores and carries values; move it into the grid")
         else:
             pure.append(op)
     return segments
@@ -64,7 +68,8 @@ def _lower_segment(function: Function, module: emit.Module, target: Target, kept
     items = module.function(f"items_{number}", I64, [("args", "ptr")])
     ctx = Context(function, module, target, items)
     total: Val = emit.const(1, I64)
-    if ops[0].name == "grid":
+    parallel = ops[0].name == "grid" and len(ops) == 1
+    if parallel:
         _lower_block(ctx, Block(ops=[op for op in shared if not op.result.type.rank or op.name == "view"]))
         for count in ops[0].operands:
             total = ctx.b.mul(total, ctx.b.max(index64(ctx, ctx.scalars[count.name]), 0))
@@ -73,7 +78,7 @@ def _lower_segment(function: Function, module: emit.Module, target: Target, kept
     ctx = Context(function, module, target, body)
     ctx.materialize = kept
     _lower_block(ctx, Block(ops=shared))
-    if ops[0].name == "grid":
+    if parallel:
         with ctx.b.for_(body.args[1], body.args[2]) as loop, ctx.scope():
             _grid_item(ctx, ops[0], loop.i)
     else:
@@ -143,7 +148,11 @@ def _view(ctx: Context, op: Op) -> None:
         if entry[0] != "at":
             strides.append(stride)
     if base.dtype.name == "int4":
-        raise UnsupportedError("cpu: a slice of an int4 parameter; load it whole")
+        offset = base.offset
+        for index, stride in zip(indices, base.strides):
+            offset = b.add(offset, b.mul(index, stride))
+        ctx.memory[op.result.name] = Memory(base.pointer, tuple(strides), base.dtype, offset)
+        return
     ctx.memory[op.result.name] = Memory(base.address(b, indices), tuple(strides), base.dtype)
 
 

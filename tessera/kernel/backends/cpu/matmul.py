@@ -33,7 +33,7 @@ def _dot(ctx: Context, op: Op, point: Point) -> None:
         start = element(ctx, op.result, point)
     else:
         start = emit.const(0, emit.vec(lanes, ty))
-    extent = ctx.size(a.type.extent(rank - 1))
+    extent = inner_extent(ctx, op)
     w_batch = batch if w.type.rank > 2 else ()
     on_columns = point.axis == rank - 1
     with b.for_(0, extent, carry=[b.value(start, emit.vec(lanes, ty))]) as loop, ctx.scope():
@@ -46,6 +46,13 @@ def _dot(ctx: Context, op: Op, point: Point) -> None:
         x, y = (_as(ctx, element(ctx, v, at), ty) for v, at in ((a, a_at), (w, w_at)))
         loop.next([_multiply_add(ctx, x, y, loop.carry[0])])
     store(ctx, ctx.memory[op.result.name], point, loop.results[0])
+
+
+def inner_extent(ctx: Context, op: Op) -> Val:
+    """How many k count: what is valid of both operands."""
+    a, w = op.operands[0].type, op.operands[1].type
+    left, right = a.extent(a.rank - 1), w.extent(w.rank - 2)
+    return ctx.size(left if w.valid[-2] is None else right if a.valid[-1] is None else left.minimum(right))
 
 
 def _as(ctx: Context, x: Val, ty: str) -> Val:
