@@ -176,17 +176,19 @@ class KVCache:
         Raises:
             InputError: no row, or a row outside the batch.
         """
-        index = torch.as_tensor(rows, dtype=torch.int64)
-        if index.dim() != 1 or not index.numel():
-            raise InputError(f"rows: shape {tuple(index.shape)} given; expected at least one row number, [n]")
-        low, high = int(index.min()), int(index.max())
+        index = torch.as_tensor(rows)
+        if index.dim() != 1 or not index.numel() or index.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"rows: {tuple(index.shape)} {index.dtype} given; expected at least one row number, [n]")
+        low, high = (int(bound) for bound in torch.aminmax(index))
         if low < 0 or high >= self.batch_size:
             raise InputError(f"rows: {low if low < 0 else high} given; expected 0..{self.batch_size - 1}")
+        if self._stores[0]:
+            index = index.to(self._stores[0][0].device)
         for layer, stores in enumerate(self._stores):
             filled = self._lengths[layer]
             for i, old in enumerate(stores):
                 new = old.new_empty(len(index), *old.shape[1:])
-                new[:, :, :filled] = old[index.to(old.device), :, :filled]
+                new[:, :, :filled] = old[index, :, :filled]
                 stores[i] = new
         if self.valid is not None:
             self.valid = self.valid[index.to(self.valid.device)]

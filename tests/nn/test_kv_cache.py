@@ -137,6 +137,7 @@ def test_refused():
     cache = cache_of()
     with pytest.raises(ShapeError, match=r"k, v: \(3, 4, 1, 8\), \(3, 4, 1, 8\) given; expected \(3, 2, 1, 8\)"):
         cache.update(0, torch.zeros(3, 4, 1, 8), torch.zeros(3, 4, 1, 8))
-    for rows, message in (([3], r"rows: 3 given; expected 0\.\.2"), ([-1], "rows: -1 given"), ([], "at least one row")):
+    for rows, message in (([3], r"rows: 3 given; expected 0\.\.2"), ([-1], "rows: -1 given"), ([], "at least one row"),
+                          ([True, False, True], r"rows: \(3,\) torch.bool given")):
         with pytest.raises(InputError, match=message):
             cache.select(rows)

@@ -41,6 +41,21 @@ def test_linear(dtype, bound):
     assert (actual.double() - expected).abs().max() <= 2 * bound * expected.abs().max()
 
 
+@pytest.mark.parametrize("d_out", [1, 7, 12, 64])
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (1, 1, 70), (2, 1, 70), (3, 5, 70), (16, 70), (17, 70), (0, 70)])
+def test_linear_without_gradients(shape, d_out):
+    """Few rows take another way through torch; also for a weight that is a transpose and rows that are strided."""
+    x, weight, bias = normal(1, *shape), normal(2, d_out, 70), normal(3, d_out)
+    expected = x.double() @ weight.double().T + bias.double()
+    with torch.no_grad():
+        for rows in (x, x.mT.contiguous().mT if x.dim() > 1 else x):
+            for w in (weight, weight.T.contiguous().T):
+                actual = ops.linear(rows, w, bias)
+                assert actual.shape == (*shape[:-1], d_out)
+                torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+                torch.testing.assert_close(ops.linear(rows, w), actual - bias, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype, step", [(torch.float8_e4m3fn, 2**-4), (torch.float8_e5m2, 2**-3), (torch.int8, 0)])
 def test_quantized_rows(dtype, step):
     """Every entry is within half a step of itself (fp8) plus half the finest step of its row's largest."""
