@@ -1,0 +1,547 @@
+"""Elementary functions for generated CPU code: `exp(builder, x)` emits the instructions and returns the result.
+
+Comes in: a `Builder` and a value of type float, double, or a vector <n x float>, <n x double> of any n. Goes out:
+a value of the same type. Called by the lowering of elementwise operations, which finds the functions by name in
+`UNARY` and `BINARY`.
+
+What is promised for f32 (tests/kernel/cpu/test_vmath.py measures it):
+- The largest error, in units in the last place of the exact result, is `MAX_ULP[name]` over every float, denormal
+  arguments and results included: underflow is gradual, nothing is flushed to zero.
+- NaN gives NaN, and infinities, zeros (their signs too), poles and domain errors give what IEEE 754 and torch give
+  (silu and both forms of gelu give NaN at -inf, as torch does).
+- A value gives the same bits in any lane of a vector of any length, and on every target: only IEEE operations, fma
+  and integer operations are emitted, none with a fast-math flag. A target without FMA instructions gets the same
+  bits from calls of libm's fmaf, slowly.
+
+Code is branchless, except that sine and cosine of |x| > 1e5 take a per-lane path (Payne & Hanek, 1983).
+For f64 the elementary functions call libm lane by lane (slow, right to about 1 ulp); the rest is composed of them.
+
+How: arguments are reduced exactly with fma (Cody & Waite, 1980), then a minimax polynomial with coefficients rounded
+to f32 one after the other, lowest first (each time the rest is fitted anew), is evaluated by Horner's rule.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+
+from tessera.errors import CompileError
+from tessera.kernel.backends.cpu.emit import F32, F64, I32, I64, Builder, Function, Operand, Val, elem, lanes, vec
+
+MAX_ULP: dict[str, float] = {
+    "exp": 1.0, "exp2": 1.0, "expm1": 1.5, "log": 1.0, "log2": 1.1, "log1p": 1.5, "sin": 1.6, "cos": 1.6,
+    "tanh": 2.0, "erf": 1.5, "sigmoid": 2.5, "silu": 3.5, "gelu": 5.0, "gelu_tanh": 6.0, "softplus": 2.0,
+    "sqrt": 0.5, "rsqrt": 1.5, "pow": 0.51,
+}  # fmt: skip
+
+_I128 = "i128"
+_INF, _NAN = float("inf"), float("nan")
+_ROUND = 1.5 * 2.0**23  # x + _ROUND holds x, rounded to an integer, in its low mantissa bits (|x| < 2^22)
+_ROUND64 = 1.5 * 2.0**52
+_LOG2_E = 1.4426950216293335
+_LOG2_E_LO = 1.925963033500011e-08
+_LN2_HI, _LN2_LO = 0.6931471824645996, -1.9046542121259336e-09
+_HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15)  # their sum is pi/2 to 2^-75
+_TWO_OVER_PI = 0.6366197466850281
+_TWO_OVER_PI_WORDS = (0x00000000, 0xA2F9836E, 0x4E441529, 0xFC2757D1, 0xF534DDC0, 0xDB629599, 0x3C439041,
+                      0xFE5163AB, 0xDEBBC561)  # 32 zero bits, then 2/pi from the binary point on
+_SMALLEST_NORMAL = 2.0**-126
+
+# Polynomials, lowest coefficient first. In brackets: the largest relative error of the approximated function.
+_EXP = (0.4999999403953552, 0.1666652113199234, 0.04166826233267784, 0.00836867094039917,
+        0.001382104237563908)  # (e^r - 1 - r) / r^2, |r| <= ln2/2 [3.1e-9]
+_EXPM1 = (0.5, 0.1666666716337204, 0.04166648909449577, 0.008333207108080387, 0.00139326648786664,
+          0.0001994510821532458)  # the same, relative to e^r - 1 [4.2e-10]
+_EXP2 = (0.6931471824645996, 0.24022647738456726, 0.05550359562039375, 0.00961849931627512,
+         0.0013390970416367054, 0.00015329310554079711)  # (2^r - 1) / r, |r| <= 1/2 [2.9e-9]
+_LOG = (0.3333321511745453, -0.24999800324440002, 0.2001044601202011, -0.1668037623167038,
+        0.14005306363105774, -0.12185713648796082, 0.13986897468566895,
+        -0.1288565695285797)  # (ln(1+f) - f + f^2/2) / f^3, |f| <= 1/3 [4.7e-9]
+_LOG2 = (-0.7213475108146667, 0.4808967113494873, -0.3606714904308319, 0.28868651390075684, -0.24063371121883392,
+         0.2020983248949051, -0.17592233419418335, 0.20159517228603363,
+         -0.18551479279994965)  # (log2(1+f) - f/ln2) / f^2, |f| <= 1/3 [4.7e-9]
+_SIN = (-0.16666655242443085, 0.008332191035151482, -0.00019518620683811605)  # (sin(r)/r - 1) / r^2 [3.7e-9]
+_COS = (-0.5, 0.04166664555668831, -0.0013887310633435845, 2.4432561986031942e-05)  # (cos(r) - 1) / r^2 [1.2e-10]
+_TANH = (-0.3333328068256378, 0.1333141028881073, -0.05373714119195938, 0.02063082531094551,
+         -0.0056958128698170185)  # (tanh(x)/x - 1) / x^2, |x| <= 5/8 [4.5e-9]
+_ERF = (0.12837916612625122, -0.3761262893676758, 0.11283625662326813, -0.026855729520320892,
+        0.005192393437027931, -0.0008049544994719326, 7.995286432560533e-05)  # erf(x)/x - 1 in x^2, x < 0.92 [9e-10]
+_ERFC = (-0.12864848971366882, -0.6351513266563416, -0.10623684525489807, 0.023762019351124763,
+         -0.0036424295976758003, 0.0003227940178476274, -1.1230014024476986e-05)  # ln(erfc t)/t + 1, t <= 4 [7e-10]
+_MILLS = (0.7552851438522339, -0.607896625995636, 0.3871363401412964, -0.18652230501174927, 0.06040956825017929,
+          -0.007530946750193834, -0.003533465787768364, 0.0015728729777038097, 0.00020614350796677172,
+          -0.00011930173059226945)  # (a+4) e^(a^2/2) erfc(a/sqrt2)/2 in (a-4)/(a+4), 0 <= a <= 14.8 [1.8e-8]
+_POW_LOG2 = (2.885390081777416, 0.9617966948365113, 0.5770777531851606, 0.41222635652481204, 0.31927938323327615,
+             0.2908920809247769)  # log2((1+s)/(1-s)) / s in s^2, |s| <= 1/5 [5e-13]
+_POW_EXP2 = (0.693147180548212, 0.24022650698110573, 0.05550410935267313, 0.009618128616129363,
+             0.0013333454859751775, 0.0001540382545830256, 1.5309156351837156e-05,
+             1.3178934492689465e-06)  # (2^r - 1) / r, |r| <= 1/2 [8e-13]
+
+
+# -- building blocks ----------------------------------------------------------------------------------------------
+
+
+def _add(b: Builder, x: Operand, y: Operand) -> Val:
+    return b.add(x, y, contract=False)
+
+
+def _sub(b: Builder, x: Operand, y: Operand) -> Val:
+    return b.sub(x, y, contract=False)
+
+
+def _mul(b: Builder, x: Operand, y: Operand) -> Val:
+    return b.mul(x, y, contract=False)
+
+
+def _horner(b: Builder, x: Val, coefficients: Sequence[float]) -> Val:
+    """c0 + c1 x + c2 x^2 + ..."""
+    y = b.value(coefficients[-1], x.ty)
+    for c in reversed(coefficients[:-1]):
+        y = b.fma(y, x, c)
+    return y
+
+
+def _bits_of(b: Builder, x: Val) -> Val:
+    """The bit pattern of f32 or f64 lanes as integers."""
+    return b.bitcast(x, vec(lanes(x.ty), I32 if elem(x.ty) == F32 else I64))
+
+
+def _float_of(b: Builder, x: Val) -> Val:
+    """The i32 or i64 lanes as the f32 or f64 with that bit pattern."""
+    return b.bitcast(x, vec(lanes(x.ty), F32 if elem(x.ty) == I32 else F64))
+
+
+def _f32_bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def _f64_bits(x: float) -> int:
+    return struct.unpack("<Q", struct.pack("<d", x))[0]
+
+
+def _at_most(b: Builder, x: Val, limit: float) -> Val:
+    return b.select(b.cmp("gt", x, limit), limit, x)  # a NaN passes
+
+
+def _at_least(b: Builder, x: Val, limit: float) -> Val:
+    return b.select(b.cmp("lt", x, limit), limit, x)
+
+
+def _with_sign(b: Builder, magnitude: Val, sign: Val) -> Val:
+    return b.intrinsic("llvm.copysign", [magnitude, sign], magnitude.ty)
+
+
+def _power_of_two(b: Builder, k: Val) -> Val:
+    """2^k as f32 for integer lanes -126 <= k <= 127."""
+    return _float_of(b, b.shl(b.add(k, 127), 23))
+
+
+def _is_f64(name: str, x: Val) -> bool:
+    if elem(x.ty) not in (F32, F64):
+        raise CompileError(f"{name} is computed in float or double, got a value of type {x.ty}")
+    return elem(x.ty) == F64
+
+
+def _libm(b: Builder, name: str, *xs: Val) -> Val:
+    """Call libm's `name` on each lane of f64 values."""
+    callee = b.module.declare(name, F64, [F64] * len(xs), attrs="nounwind memory(none)")
+    n = lanes(xs[0].ty)
+    if not n:
+        return b.call(callee, *xs)
+    out = Val("poison", xs[0].ty)
+    for i in range(n):
+        out = b.insert(out, b.call(callee, *(b.extract(x, i) for x in xs)), i)
+    return out
+
+
+# -- exponentials -------------------------------------------------------------------------------------------------
+
+
+def _round_to_integer(b: Builder, x: Val, scale: float) -> tuple[Val, Val]:
+    """n = x * scale rounded to the nearest integer, as f32 and as i32; |x * scale| < 2^22."""
+    t = b.fma(x, scale, _ROUND)
+    return _sub(b, t, _ROUND), b.sub(_bits_of(b, t), _f32_bits(_ROUND))
+
+
+def _reduce_exp(b: Builder, x: Val) -> tuple[Val, Val]:
+    """r, k with x = r + k ln2 and |r| <= ln2/2; the first fma is exact."""
+    n, k = _round_to_integer(b, x, _LOG2_E)
+    return b.fma(n, -_LN2_LO, b.fma(n, -_LN2_HI, x)), k
+
+
+def _exp_reduced(b: Builder, x: Val) -> tuple[Val, Val]:
+    """p, k with e^x = p 2^k and 0.7 < p < 1.42, for |x| < 2^21."""
+    r, k = _reduce_exp(b, x)
+    return _add(b, b.fma(_mul(b, r, r), _horner(b, r, _EXP), r), 1.0), k
+
+
+def _two_scales(b: Builder, k: Val) -> tuple[Val, Val]:
+    """Normal floats s1, s2 with s1 s2 = 2^k: p s1 is exact, so p s1 s2 rounds once, however small it gets."""
+    half = b.ashr(k, 1)
+    return _power_of_two(b, half), _power_of_two(b, b.sub(k, half))
+
+
+def _exp_parts(b: Builder, x: Val) -> tuple[Val, Val]:
+    """y, s with e^x = y s: y is normal, the product under- or overflows where e^x does. Any x."""
+    p, k = _exp_reduced(b, _at_most(b, _at_least(b, x, -120.0), 89.0))
+    s1, s2 = _two_scales(b, k)
+    return _mul(b, p, s1), s2
+
+
+def _exp_tail(b: Builder, x: Val) -> tuple[Val, Val]:
+    """`_exp_parts` for a factor of any size: y is 0 below -120."""
+    y, s = _exp_parts(b, x)
+    return b.select(b.cmp("lt", x, -120.0), b.value(0.0, x.ty), y), s
+
+
+def exp(b: Builder, x: Val) -> Val:
+    """e^x."""
+    if _is_f64("exp", x):
+        return _libm(b, "exp", x)
+    y, s = _exp_parts(b, x)
+    return _mul(b, y, s)
+
+
+def exp2(b: Builder, x: Val) -> Val:
+    """2^x."""
+    if _is_f64("exp2", x):
+        return _libm(b, "exp2", x)
+    x = _at_most(b, _at_least(b, x, -151.0), 129.0)
+    n, k = _round_to_integer(b, x, 1.0)
+    r = _sub(b, x, n)
+    s1, s2 = _two_scales(b, k)
+    return _mul(b, _mul(b, b.fma(r, _horner(b, r, _EXP2), 1.0), s1), s2)
+
+
+def expm1(b: Builder, x: Val) -> Val:
+    """e^x - 1 without cancellation: with x = r + k ln2 it is 2^k (e^r - 1) + (2^k - 1)."""
+    if _is_f64("expm1", x):
+        return _libm(b, "expm1", x)
+    r, k = _reduce_exp(b, _at_most(b, _at_least(b, x, -18.0), 89.0))
+    s = _power_of_two(b, b.sub(k, 1))  # half of 2^k, which would overflow where the result does not
+    tail = _mul(b, _mul(b, r, r), _horner(b, r, _EXPM1))
+    y = b.fma(tail, s, b.fma(r, s, _sub(b, s, 0.5)))
+    tiny = b.cmp("lt", b.abs(x), 2.0**-25)  # e^x - 1 rounds to x, denormals and -0 included
+    return b.select(tiny, x, _add(b, y, y))
+
+
+# -- logarithms ---------------------------------------------------------------------------------------------------
+
+
+def _split(b: Builder, x: Val) -> tuple[Val, Val]:
+    """f, e with x = (1 + f) 2^e and -1/3 <= f < 1/3, exactly; both f32, x positive and finite."""
+    denormal = b.cmp("lt", x, _SMALLEST_NORMAL)
+    word = _bits_of(b, b.select(denormal, _mul(b, x, 2.0**25), x))
+    e = b.ashr(b.sub(word, _f32_bits(2 / 3)), 23)
+    f = _sub(b, _float_of(b, b.sub(word, b.shl(e, 23))), 1.0)
+    return f, _add(b, b.cast("sitofp", e, F32), b.select(denormal, b.value(-25.0, x.ty), b.value(0.0, x.ty)))
+
+
+def _log_split(b: Builder, f: Val, e: Val) -> Val:
+    """ln((1 + f) 2^e)."""
+    y = b.fma(_mul(b, f, f), b.fma(f, _horner(b, f, _LOG), -0.5), f)
+    return b.fma(e, _LN2_HI, y)
+
+
+def _log_edges(b: Builder, x: Val, y: Val, pole: float) -> Val:
+    """y where pole < x < inf; -inf at the pole, inf at infinity, NaN below the pole and for NaN."""
+    edge = b.select(b.cmp("eq", x, pole), b.value(-_INF, x.ty), b.value(_NAN, x.ty))
+    return b.select(b.cmp("gt", x, pole), b.select(b.cmp("eq", x, _INF), x, y), edge)
+
+
+def log(b: Builder, x: Val) -> Val:
+    """The natural logarithm."""
+    if _is_f64("log", x):
+        return _libm(b, "log", x)
+    return _log_edges(b, x, _log_split(b, *_split(b, x)), 0.0)
+
+
+def log2(b: Builder, x: Val) -> Val:
+    """The logarithm to base 2; exact for powers of two."""
+    if _is_f64("log2", x):
+        return _libm(b, "log2", x)
+    f, e = _split(b, x)
+    tail = b.fma(_mul(b, f, f), _horner(b, f, _LOG2), _mul(b, f, _LOG2_E_LO))
+    y = b.fma(f, _LOG2_E, e)
+    rest = b.fma(f, _LOG2_E, _sub(b, e, y))  # what the rounding of y lost
+    return _log_edges(b, x, _add(b, y, _add(b, rest, tail)), 0.0)
+
+
+def log1p(b: Builder, x: Val) -> Val:
+    """ln(1 + x): 1 + x is rounded only to find the exponent e; f = x 2^-e + (2^-e - 1) comes from x itself."""
+    if _is_f64("log1p", x):
+        return _libm(b, "log1p", x)
+    u = _add(b, x, 1.0)
+    word = _bits_of(b, u)
+    e = b.ashr(b.sub(word, _f32_bits(2 / 3)), 23)
+    s = _power_of_two(b, b.sub(0, e))
+    f = b.fma(x, s, _sub(b, s, 1.0))
+    rounded = _sub(b, _float_of(b, b.sub(word, b.shl(e, 23))), 1.0)
+    f = b.select(b.cmp("gt", x, 2.0**26), rounded, f)  # there the 1 is below half an ulp, and 2^-e may be denormal
+    y = _log_split(b, f, b.cast("sitofp", e, F32))
+    return b.select(b.cmp("lt", b.abs(x), 2.0**-25), x, _log_edges(b, x, y, -1.0))
+
+
+# -- trigonometry -------------------------------------------------------------------------------------------------
+
+
+def _reduce_large_body(function: Function) -> None:
+    """i64 (q << 32 | bits of r) for f32 x, 1e5 < x < inf: x = r + q pi/2 modulo 2 pi, |r| <= pi/4.
+
+    x = m 2^e with an integer m < 2^24. Bits of 2/pi worth 4 or more after the scaling by 2^e cannot change
+    the result; the next 96 times m leave 2 bits of quadrant and 94 of fraction (Payne & Hanek, 1983).
+    """
+    b, (x,) = function.builder, function.args
+    word = b.bitcast(x, I32)
+    mantissa = b.cast("zext", b.or_(b.and_(word, 0x7FFFFF), 0x800000), _I128)
+    first = b.cast("zext", b.sub(b.lshr(word, 23), 150 + 2 - 32), I64)  # bit e - 1 of 2/pi in the table
+    table = b.module.table("vmath.two_over_pi", _TWO_OVER_PI_WORDS, I32)
+    window = b.value(0, _I128)
+    for i in range(4):
+        part = b.load(b.gep(table, b.add(b.lshr(first, 5), i), I32), I32, invariant=True)
+        window = b.or_(b.shl(window, 32), b.cast("zext", part, _I128))
+    window = b.lshr(b.shl(window, b.cast("zext", b.and_(first, 31), _I128)), 32)
+    turns = b.cast("trunc", b.lshr(b.mul(mantissa, window), 32), I64)  # quarter turns modulo 4, times 2^62
+    q = b.lshr(b.add(turns, 1 << 61), 62)
+    r = _mul(b, b.cast("sitofp", b.sub(turns, b.shl(q, 62)), F64), math.pi / 2 * 2.0**-62)
+    low = b.cast("zext", b.bitcast(b.cast("fptrunc", r, F32), I32), I64)
+    b.ret(b.or_(b.shl(q, 32), low))
+
+
+def _reduce_large(b: Builder, a: Val) -> tuple[Val, Val]:
+    """The reduction of `_reduce_trig` for |x| > 1e5, lane by lane in a loop; other lanes get anything."""
+    reduce = b.module.helper("vmath.reduce_large", I64, [("x", F32)], _reduce_large_body, inline=False)
+    n, a = lanes(a.ty), _at_least(b, a, 1e5)
+    count, word = max(n, 1), vec(n, I32)
+    xs, rs, qs = b.alloca(F32, count), b.alloca(F32, count), b.alloca(I32, count)
+    b.store(_at_most(b, a, 3.4028234663852886e38), xs)
+    with b.for_(0, count) as lane:
+        packed = b.call(reduce, b.load(b.gep(xs, lane.i, F32), F32))
+        b.store(b.bitcast(b.cast("trunc", packed, I32), F32), b.gep(rs, lane.i, F32))
+        b.store(b.cast("trunc", b.lshr(packed, 32), I32), b.gep(qs, lane.i, I32))
+    return b.load(rs, a.ty), b.load(qs, word)
+
+
+def _reduce_trig(b: Builder, a: Val) -> tuple[Val, Val]:
+    """r, q with a = r + q pi/2 modulo 2 pi and |r| <= pi/4, for a >= 0; r is NaN for inf and NaN.
+
+    Up to 1e5 three fmas subtract q pi/2 (q < 2^16; the first is exact).
+    """
+    n, q = _round_to_integer(b, a, _TWO_OVER_PI)
+    r = a
+    for part in _HALF_PI:
+        r = b.fma(n, -part, r)
+    large = b.cmp("gt", a, 1e5)
+    some = b.cmp("ne", b.bitcast(large, f"i{lanes(a.ty)}"), 0) if lanes(a.ty) else large
+    with b.if_(some, likely=False) as branch:
+        slow_r, slow_q = _reduce_large(b, a)
+        slow_r = _add(b, slow_r, _sub(b, a, a))  # NaN for inf
+        branch.give([b.select(large, slow_r, r), b.select(large, slow_q, q)])
+    with branch.else_():
+        branch.give([r, q])
+    return branch.results[0], branch.results[1]
+
+
+def _sin_or_cos(b: Builder, r: Val, q: Val) -> Val:
+    """sin(r + q pi/2)."""
+    s = _mul(b, r, r)
+    sine = b.fma(_mul(b, r, s), _horner(b, s, _SIN), r)
+    cosine = b.fma(s, _horner(b, s, _COS), 1.0)
+    y = b.select(b.cmp("ne", b.and_(q, 1), 0), cosine, sine)
+    return _float_of(b, b.xor(_bits_of(b, y), b.shl(b.and_(q, 2), 30)))
+
+
+def sin(b: Builder, x: Val) -> Val:
+    """The sine of x radians."""
+    if _is_f64("sin", x):
+        return _libm(b, "sin", x)
+    y = _sin_or_cos(b, *_reduce_trig(b, b.abs(x)))
+    return _float_of(b, b.xor(_bits_of(b, y), b.and_(_bits_of(b, x), -(2**31))))
+
+
+def cos(b: Builder, x: Val) -> Val:
+    """The cosine of x radians."""
+    if _is_f64("cos", x):
+        return _libm(b, "cos", x)
+    r, q = _reduce_trig(b, b.abs(x))
+    return _sin_or_cos(b, r, b.add(q, 1))
+
+
+# -- sigmoids and activations -------------------------------------------------------------------------------------
+
+
+def tanh(b: Builder, x: Val) -> Val:
+    """The hyperbolic tangent: a polynomial below 5/8, 1 - 2 / (e^2|x| + 1) above."""
+    if _is_f64("tanh", x):
+        return _libm(b, "tanh", x)
+    a = b.abs(x)
+    s = _mul(b, a, a)
+    small = b.fma(_mul(b, a, s), _horner(b, s, _TANH), a)
+    p, k = _exp_reduced(b, _at_most(b, _add(b, a, a), 20.0))
+    large = _sub(b, 1.0, b.div(2.0, b.fma(p, _power_of_two(b, k), 1.0)))
+    return _with_sign(b, b.select(b.cmp("lt", a, 0.625), small, large), x)
+
+
+def erf(b: Builder, x: Val) -> Val:
+    """The error function: a polynomial below 0.92, 1 - e^(polynomial) above."""
+    if _is_f64("erf", x):
+        return _libm(b, "erf", x)
+    a = b.abs(x)
+    small = b.fma(a, _horner(b, _mul(b, a, a), _ERF), a)
+    t = _at_most(b, a, 4.0)  # erf rounds to 1 from 3.92 on
+    p, k = _exp_reduced(b, b.fma(t, _horner(b, t, _ERFC), b.neg(t)))
+    large = b.fma(p, b.neg(_power_of_two(b, k)), 1.0)
+    return _with_sign(b, b.select(b.cmp("lt", a, 0.92), small, large), x)
+
+
+def _times_sigmoid(b: Builder, x: Operand, z: Val) -> Val:
+    """x / (1 + e^-z) from e = e^-|z|: x e / (1 + e) where z < 0, with one rounding where it is denormal."""
+    y, s = _exp_tail(b, b.neg(b.abs(z)))
+    negative = b.cmp("lt", z, 0.0)
+    top = _mul(b, b.select(negative, y, b.value(1.0, z.ty)), x)
+    quotient = b.div(top, b.fma(y, s, 1.0))
+    return _mul(b, quotient, b.select(negative, s, b.value(1.0, z.ty)))
+
+
+def sigmoid(b: Builder, x: Val) -> Val:
+    """1 / (1 + e^-x)."""
+    if _is_f64("sigmoid", x):
+        return b.div(1.0, _add(b, exp(b, b.neg(x)), 1.0))
+    return _times_sigmoid(b, 1.0, x)
+
+
+def silu(b: Builder, x: Val) -> Val:
+    """x sigmoid(x), also called swish (Elfwing et al., 2017)."""
+    if _is_f64("silu", x):
+        return b.div(x, _add(b, exp(b, b.neg(x)), 1.0))
+    return _times_sigmoid(b, x, x)
+
+
+def gelu(b: Builder, x: Val) -> Val:
+    """x Phi(x), Phi the normal distribution function (Hendrycks & Gimpel, 2016).
+
+    Computed from the tail Phi(-|x|) = e^(-x^2/2) h(|x|), so that no accuracy is lost at negative x, where
+    x (1 + erf(x / sqrt 2)) / 2 cancels.
+    """
+    if _is_f64("gelu", x):
+        tail = _libm(b, "erfc", _mul(b, x, -math.sqrt(0.5)))
+        return _mul(b, _mul(b, x, 0.5), tail)
+    a = _at_most(b, b.abs(x), 16.0)
+    square = _mul(b, a, a)
+    rest = b.fma(a, a, b.neg(square))  # a^2 = square + rest, exactly
+    y, s = _exp_tail(b, _mul(b, square, -0.5))
+    d = _add(b, a, 4.0)
+    v = b.div(1.0, d)
+    lost = b.fma(b.neg(v), _sub(b, a, _sub(b, d, 4.0)), b.fma(b.neg(d), v, 1.0))  # 1 / (a + 4) = v (1 + lost)
+    u = b.fma(_mul(b, v, -8.0), lost, b.fma(v, -8.0, 1.0))
+    h = _mul(b, v, _horner(b, u, _MILLS))
+    y = _mul(b, y, b.fma(b.fma(rest, -0.5, lost), h, h))
+    positive = b.cmp("gt", x, 0.0)
+    phi = b.select(positive, b.fma(b.neg(y), s, 1.0), y)
+    return _mul(b, _mul(b, phi, x), b.select(positive, b.value(1.0, x.ty), s))
+
+
+def gelu_tanh(b: Builder, x: Val) -> Val:
+    """x (1 + tanh(u)) / 2 = x sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3).
+
+    The rounding of u is magnified in the far negative tail: the error is `MAX_ULP` for x >= -1 and at most
+    (4 + 5 |u|) ulp below.
+    """
+    c = 2 * math.sqrt(2 / math.pi)
+    square = _mul(b, x, x)
+    z = _mul(b, x, b.fma(square, c * 0.044715, b.value(c, x.ty)))
+    if _is_f64("gelu_tanh", x):
+        return b.div(x, _add(b, exp(b, b.neg(z)), 1.0))
+    return _times_sigmoid(b, x, z)
+
+
+def softplus(b: Builder, x: Val) -> Val:
+    """ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|)."""
+    tail = log1p(b, exp(b, b.neg(b.abs(x))))
+    return _add(b, _at_least(b, x, 0.0), tail)
+
+
+# -- roots and powers ---------------------------------------------------------------------------------------------
+
+
+def sqrt(b: Builder, x: Val) -> Val:
+    """The square root, correctly rounded."""
+    _is_f64("sqrt", x)  # refuses other types
+    return b.intrinsic("llvm.sqrt", [x], x.ty)
+
+
+def rsqrt(b: Builder, x: Val) -> Val:
+    """1 / sqrt(x), two correctly rounded steps (no hardware estimate: those differ between processors)."""
+    return b.div(1.0, sqrt(b, x))
+
+
+def pow(b: Builder, x: Val, y: Val) -> Val:
+    """x^y = 2^(y log2|x|), computed in f64 and rounded once; negative x needs an integer y, else NaN."""
+    if _is_f64("pow", x):
+        return _libm(b, "pow", x, y)
+    a = b.abs(x)
+    f, e = (b.cast("fpext", part, F64) for part in _split(b, a))
+    s = b.div(f, _add(b, f, 2.0))
+    log = b.fma(s, _horner(b, _mul(b, s, s), _POW_LOG2), e)
+    log = b.select(b.cmp("lt", a, _INF), log, b.cast("fpext", a, F64))  # inf and NaN
+    log = b.select(b.cmp("eq", a, 0.0), b.value(-_INF, log.ty), log)
+    # |y| beyond 2^40 is an even integer and under- or overflows for every |x| but 1, just as 2^40 does
+    y64 = _at_most(b, _at_least(b, b.cast("fpext", y, F64), -(2.0**40)), 2.0**40)
+    p = _at_most(b, _at_least(b, _mul(b, y64, log), -160.0), 160.0)
+    t = _add(b, p, _ROUND64)
+    r = _sub(b, p, _sub(b, t, _ROUND64))
+    power = b.fma(r, _horner(b, r, _POW_EXP2), 1.0)
+    power = _mul(b, power, _float_of(b, b.shl(b.add(_bits_of(b, t), 1023 - _f64_bits(_ROUND64)), 52)))
+    out = b.cast("fptrunc", power, F32)
+    whole = _add(b, y64, _ROUND64)
+    is_integer = b.cmp("eq", _sub(b, whole, _ROUND64), y64)
+    odd = b.select(is_integer, b.cast("trunc", _bits_of(b, whole), I32), 0)
+    sign = b.and_(_bits_of(b, x), b.shl(odd, 31))
+    signed = _float_of(b, b.or_(_bits_of(b, out), sign))
+    negative = b.and_(b.cmp("lt", x, 0.0), b.cmp("gt", x, -_INF))
+    signed = b.select(b.and_(negative, b.not_(is_integer)), b.value(_NAN, x.ty), signed)
+    return b.select(b.or_(b.cmp("eq", y, 0.0), b.cmp("eq", x, 1.0)), b.value(1.0, x.ty), signed)
+
+
+# -- random numbers -----------------------------------------------------------------------------------------------
+
+
+def rand(b: Builder, seed: Val, offset: Val) -> Val:
+    """Uniform f32 in [0, 1), a function of (seed, offset) alone: the bits of Triton's `tl.rand(seed, offset)`.
+
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the key `seed` and
+    the counter (offset, 0, 0); word 0 of the block becomes the float.
+
+    Args:
+        seed: i32 or i64 lanes; i32 is sign-extended.
+        offset: i32 or i64 lanes, as many as seed has.
+    """
+    ty = vec(lanes(offset.ty), I32)
+
+    def high(x: Val) -> Val:
+        return b.cast("trunc", b.lshr(x, 32), I32)
+
+    def low(x: Val) -> Val:
+        return b.cast("trunc", x, I32)
+
+    key = b.cast("sext", seed, I64)
+    k0, k1 = low(key), high(key)
+    c1 = high(offset) if elem(offset.ty) == I64 else b.value(0, ty)
+    c0, c2, c3 = low(offset), b.value(0, ty), b.value(0, ty)
+    for step in range(10):
+        product_b = b.mul(b.cast("zext", c2, I64), 0xCD9E8D57)
+        product_a = b.mul(b.cast("zext", c0, I64), 0xD2511F53)
+        c0 = b.xor(b.xor(high(product_b), c1), b.add(k0, step * 0x9E3779B9 & 0xFFFFFFFF))
+        c2 = b.xor(b.xor(high(product_a), c3), b.add(k1, step * 0xBB67AE85 & 0xFFFFFFFF))
+        c1, c3 = low(product_b), low(product_a)
+    folded = b.xor(c0, b.ashr(c0, 31))  # ~c0 where it is negative
+    return _mul(b, b.cast("sitofp", folded, F32), 4.6566127342e-10)
+
+
+UNARY: dict[str, Callable[[Builder, Val], Val]] = {
+    "exp": exp, "exp2": exp2, "expm1": expm1, "log": log, "log2": log2, "log1p": log1p, "sin": sin, "cos": cos,
+    "tanh": tanh, "erf": erf, "sigmoid": sigmoid, "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh,
+    "softplus": softplus, "sqrt": sqrt, "rsqrt": rsqrt,
+}  # fmt: skip
+BINARY: dict[str, Callable[[Builder, Val, Val], Val]] = {"pow": pow}
