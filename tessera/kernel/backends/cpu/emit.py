@@ -249,12 +249,14 @@ class Loop:
     """A loop under construction: `i` the counter, `carry` the values carried into this iteration.
 
     The body calls `next(values)` once with the values for the next iteration; `results` holds the final ones
-    after the `with` block (the initial ones where the loop ran no time).
+    after the `with` block (the initial ones where the loop ran no time). A body that sets `next_i` chooses the
+    next value of the counter itself.
     """
 
     def __init__(self, i: Val, carry: list[Val]) -> None:
         self.i, self.carry = i, carry
         self.latch_values: list[Val] = carry
+        self.next_i: Val | None = None
         self.results: list[Val] = []
 
     def next(self, values: Sequence[Val]) -> None:
@@ -674,7 +676,7 @@ class Builder:
         phis = len(lines)
         lines.extend([""] * (1 + len(carry)))
         yield loop
-        nxt, latch = self.add(loop.i, inc), self.block
+        nxt, latch = loop.next_i or self.add(loop.i, inc), self.block
         more = self.cmp("lt", nxt, last)
         tail = "" if unroll else ", !llvm.loop !{!\"loop\", !{!\"llvm.loop.unroll.disable\"}}"
         self.line(f"br {more}, label %{body}, label %{after}{tail}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+from collections.abc import Mapping
 from functools import cache
 
 import llvmlite.binding as llvm
@@ -22,7 +23,6 @@ from tessera.kernel.backends.cpu.host import Target, runs_here
 
 _lock = threading.RLock()
 _names = itertools.count()
-_RUNTIME_SYMBOLS: dict[str, int] = {}
 
 
 class Library:
@@ -74,8 +74,14 @@ def optimized_ir(ir_text: str, target: Target) -> str:
         return str(_optimized(ir_text, _machine(target)))
 
 
-def load_object(data: bytes, target: Target) -> Library:
-    """Map an object's code into the process; symbols it does not define come from the process and `provide`.
+def load_object(data: bytes, target: Target, symbols: Mapping[str, int] | None = None) -> Library:
+    """Map an object's code into the process.
+
+    Args:
+        data: what `compile_to_object` returned, perhaps in another process.
+        target: the processor that the object was compiled for.
+        symbols: addresses of functions that the object calls (`threads.symbols()` for kernels with a parallel
+            entry); what stands neither there nor in the object comes from the process (the C library).
 
     Raises:
         UnsupportedError: the code is for a processor with instructions that this machine lacks.
@@ -86,18 +92,12 @@ def load_object(data: bytes, target: Target) -> Library:
     with _lock:
         name = f"tessera{next(_names)}"
         builder = llvm.JITLibraryBuilder().add_object_img(data).add_current_process()
-        for symbol, address in _RUNTIME_SYMBOLS.items():
+        for symbol, address in (symbols or {}).items():
             builder.import_symbol(symbol, address)
         try:
             return Library(name, builder.link(_linker(), name))
         except RuntimeError as error:
             raise CompileError(f"cannot load compiled object: {_one_line(error)}") from None
-
-
-def provide(symbol: str, address: int) -> None:
-    """Make an address known to objects loaded from now on under a symbol's name."""
-    with _lock:
-        _RUNTIME_SYMBOLS[symbol] = address
 
 
 def _one_line(error: Exception) -> str:
