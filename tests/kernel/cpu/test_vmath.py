@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tessera.errors import CompileError
+from tessera.kernel.backends import interp_math
 from tessera.kernel.backends.cpu import host, jit, vmath
 from tessera.kernel.backends.cpu.emit import F32, F64, I32, I64, PTR, VOID, Module, elem, vec
 
@@ -214,6 +215,9 @@ def test_rand_has_the_bits_of_triton(seed_type, offset_type, n):
     got = compile_loop(vmath.rand, n, [seed_type, offset_type])(seed, offset)
     expected = [philox_uniform(int(s), int(o), wide) for s, o in zip(seed, offset)]
     np.testing.assert_array_equal(got, np.array(expected, np.float32))
+    dtype = torch.int64 if wide else torch.int32
+    interpreted = interp_math.rand(torch.from_numpy(seed), torch.from_numpy(offset).to(dtype))
+    np.testing.assert_array_equal(got, interpreted.numpy())
 
 
 def test_rand_is_uniform():

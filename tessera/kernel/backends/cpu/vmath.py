@@ -24,10 +24,26 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from tessera.errors import CompileError
-from tessera.kernel.backends.cpu.emit import F32, F64, I32, I64, Builder, Function, Operand, Val, elem, lanes, vec
+from tessera.kernel.backends.cpu.emit import F32, F64, I32, I64, Builder, Operand, Val, elem, lanes, vec
+from tessera.kernel.backends.cpu.vmath_core import (
+    add,
+    at_least,
+    at_most,
+    bits_of,
+    f32_bits,
+    float_of,
+    horner,
+    is_f64,
+    libm,
+    mul,
+    power_of_two,
+    round_to_integer,
+    sub,
+    with_sign,
+)
+from tessera.kernel.backends.cpu.vmath_trig import cos, sin
 
 MAX_ULP: dict[str, float] = {
     "exp": 1.0, "exp2": 1.0, "expm1": 1.5, "log": 1.0, "log2": 1.1, "log1p": 1.5, "sin": 1.6, "cos": 1.6,
@@ -35,17 +51,11 @@ MAX_ULP: dict[str, float] = {
     "sqrt": 0.5, "rsqrt": 1.5, "pow": 0.51,
 }  # fmt: skip
 
-_I128 = "i128"
 _INF, _NAN = float("inf"), float("nan")
-_ROUND = 1.5 * 2.0**23  # x + _ROUND holds x, rounded to an integer, in its low mantissa bits (|x| < 2^22)
 _ROUND64 = 1.5 * 2.0**52
 _LOG2_E = 1.4426950216293335
 _LOG2_E_LO = 1.925963033500011e-08
 _LN2_HI, _LN2_LO = 0.6931471824645996, -1.9046542121259336e-09
-_HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15)  # their sum is pi/2 to 2^-75
-_TWO_OVER_PI = 0.6366197466850281
-_TWO_OVER_PI_WORDS = (0x00000000, 0xA2F9836E, 0x4E441529, 0xFC2757D1, 0xF534DDC0, 0xDB629599, 0x3C439041,
-                      0xFE5163AB, 0xDEBBC561)  # 32 zero bits, then 2/pi from the binary point on
 _SMALLEST_NORMAL = 2.0**-126
 
 # Polynomials, lowest coefficient first. In brackets: the largest relative error of the approximated function.
@@ -61,8 +71,6 @@ _LOG = (0.3333321511745453, -0.24999800324440002, 0.2001044601202011, -0.1668037
 _LOG2 = (-0.7213475108146667, 0.4808967113494873, -0.3606714904308319, 0.28868651390075684, -0.24063371121883392,
          0.2020983248949051, -0.17592233419418335, 0.20159517228603363,
          -0.18551479279994965)  # (log2(1+f) - f/ln2) / f^2, |f| <= 1/3 [4.7e-9]
-_SIN = (-0.16666655242443085, 0.008332191035151482, -0.00019518620683811605)  # (sin(r)/r - 1) / r^2 [3.7e-9]
-_COS = (-0.5, 0.04166664555668831, -0.0013887310633435845, 2.4432561986031942e-05)  # (cos(r) - 1) / r^2 [1.2e-10]
 _TANH = (-0.3333328068256378, 0.1333141028881073, -0.05373714119195938, 0.02063082531094551,
          -0.0056958128698170185)  # (tanh(x)/x - 1) / x^2, |x| <= 5/8 [4.5e-9]
 _ERF = (0.12837916612625122, -0.3761262893676758, 0.11283625662326813, -0.026855729520320892,
@@ -79,114 +87,32 @@ _POW_EXP2 = (0.693147180548212, 0.24022650698110573, 0.05550410935267313, 0.0096
              1.3178934492689465e-06)  # (2^r - 1) / r, |r| <= 1/2 [8e-13]
 
 
-# -- building blocks ----------------------------------------------------------------------------------------------
-
-
-def _add(b: Builder, x: Operand, y: Operand) -> Val:
-    return b.add(x, y, contract=False)
-
-
-def _sub(b: Builder, x: Operand, y: Operand) -> Val:
-    return b.sub(x, y, contract=False)
-
-
-def _mul(b: Builder, x: Operand, y: Operand) -> Val:
-    return b.mul(x, y, contract=False)
-
-
-def _horner(b: Builder, x: Val, coefficients: Sequence[float]) -> Val:
-    """c0 + c1 x + c2 x^2 + ..."""
-    y = b.value(coefficients[-1], x.ty)
-    for c in reversed(coefficients[:-1]):
-        y = b.fma(y, x, c)
-    return y
-
-
-def _bits_of(b: Builder, x: Val) -> Val:
-    """The bit pattern of f32 or f64 lanes as integers."""
-    return b.bitcast(x, vec(lanes(x.ty), I32 if elem(x.ty) == F32 else I64))
-
-
-def _float_of(b: Builder, x: Val) -> Val:
-    """The i32 or i64 lanes as the f32 or f64 with that bit pattern."""
-    return b.bitcast(x, vec(lanes(x.ty), F32 if elem(x.ty) == I32 else F64))
-
-
-def _f32_bits(x: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", x))[0]
-
-
-def _f64_bits(x: float) -> int:
-    return struct.unpack("<Q", struct.pack("<d", x))[0]
-
-
-def _at_most(b: Builder, x: Val, limit: float) -> Val:
-    return b.select(b.cmp("gt", x, limit), limit, x)  # a NaN passes
-
-
-def _at_least(b: Builder, x: Val, limit: float) -> Val:
-    return b.select(b.cmp("lt", x, limit), limit, x)
-
-
-def _with_sign(b: Builder, magnitude: Val, sign: Val) -> Val:
-    return b.intrinsic("llvm.copysign", [magnitude, sign], magnitude.ty)
-
-
-def _power_of_two(b: Builder, k: Val) -> Val:
-    """2^k as f32 for integer lanes -126 <= k <= 127."""
-    return _float_of(b, b.shl(b.add(k, 127), 23))
-
-
-def _is_f64(name: str, x: Val) -> bool:
-    if elem(x.ty) not in (F32, F64):
-        raise CompileError(f"{name} is computed in float or double, got a value of type {x.ty}")
-    return elem(x.ty) == F64
-
-
-def _libm(b: Builder, name: str, *xs: Val) -> Val:
-    """Call libm's `name` on each lane of f64 values."""
-    callee = b.module.declare(name, F64, [F64] * len(xs), attrs="nounwind memory(none)")
-    n = lanes(xs[0].ty)
-    if not n:
-        return b.call(callee, *xs)
-    out = Val("poison", xs[0].ty)
-    for i in range(n):
-        out = b.insert(out, b.call(callee, *(b.extract(x, i) for x in xs)), i)
-    return out
-
-
 # -- exponentials -------------------------------------------------------------------------------------------------
-
-
-def _round_to_integer(b: Builder, x: Val, scale: float) -> tuple[Val, Val]:
-    """n = x * scale rounded to the nearest integer, as f32 and as i32; |x * scale| < 2^22."""
-    t = b.fma(x, scale, _ROUND)
-    return _sub(b, t, _ROUND), b.sub(_bits_of(b, t), _f32_bits(_ROUND))
 
 
 def _reduce_exp(b: Builder, x: Val) -> tuple[Val, Val]:
     """r, k with x = r + k ln2 and |r| <= ln2/2; the first fma is exact."""
-    n, k = _round_to_integer(b, x, _LOG2_E)
+    n, k = round_to_integer(b, x, _LOG2_E)
     return b.fma(n, -_LN2_LO, b.fma(n, -_LN2_HI, x)), k
 
 
 def _exp_reduced(b: Builder, x: Val) -> tuple[Val, Val]:
     """p, k with e^x = p 2^k and 0.7 < p < 1.42, for |x| < 2^21."""
     r, k = _reduce_exp(b, x)
-    return _add(b, b.fma(_mul(b, r, r), _horner(b, r, _EXP), r), 1.0), k
+    return add(b, b.fma(mul(b, r, r), horner(b, r, _EXP), r), 1.0), k
 
 
 def _two_scales(b: Builder, k: Val) -> tuple[Val, Val]:
     """Normal floats s1, s2 with s1 s2 = 2^k: p s1 is exact, so p s1 s2 rounds once, however small it gets."""
     half = b.ashr(k, 1)
-    return _power_of_two(b, half), _power_of_two(b, b.sub(k, half))
+    return power_of_two(b, half), power_of_two(b, b.sub(k, half))
 
 
 def _exp_parts(b: Builder, x: Val) -> tuple[Val, Val]:
     """y, s with e^x = y s: y is normal, the product under- or overflows where e^x does. Any x."""
-    p, k = _exp_reduced(b, _at_most(b, _at_least(b, x, -120.0), 89.0))
+    p, k = _exp_reduced(b, at_most(b, at_least(b, x, -120.0), 89.0))
     s1, s2 = _two_scales(b, k)
-    return _mul(b, p, s1), s2
+    return mul(b, p, s1), s2
 
 
 def _exp_tail(b: Builder, x: Val) -> tuple[Val, Val]:
@@ -197,33 +123,33 @@ def _exp_tail(b: Builder, x: Val) -> tuple[Val, Val]:
 
 def exp(b: Builder, x: Val) -> Val:
     """e^x."""
-    if _is_f64("exp", x):
-        return _libm(b, "exp", x)
+    if is_f64("exp", x):
+        return libm(b, "exp", x)
     y, s = _exp_parts(b, x)
-    return _mul(b, y, s)
+    return mul(b, y, s)
 
 
 def exp2(b: Builder, x: Val) -> Val:
     """2^x."""
-    if _is_f64("exp2", x):
-        return _libm(b, "exp2", x)
-    x = _at_most(b, _at_least(b, x, -151.0), 129.0)
-    n, k = _round_to_integer(b, x, 1.0)
-    r = _sub(b, x, n)
+    if is_f64("exp2", x):
+        return libm(b, "exp2", x)
+    x = at_most(b, at_least(b, x, -151.0), 129.0)
+    n, k = round_to_integer(b, x, 1.0)
+    r = sub(b, x, n)
     s1, s2 = _two_scales(b, k)
-    return _mul(b, _mul(b, b.fma(r, _horner(b, r, _EXP2), 1.0), s1), s2)
+    return mul(b, mul(b, b.fma(r, horner(b, r, _EXP2), 1.0), s1), s2)
 
 
 def expm1(b: Builder, x: Val) -> Val:
     """e^x - 1 without cancellation: with x = r + k ln2 it is 2^k (e^r - 1) + (2^k - 1)."""
-    if _is_f64("expm1", x):
-        return _libm(b, "expm1", x)
-    r, k = _reduce_exp(b, _at_most(b, _at_least(b, x, -18.0), 89.0))
-    s = _power_of_two(b, b.sub(k, 1))  # half of 2^k, which would overflow where the result does not
-    tail = _mul(b, _mul(b, r, r), _horner(b, r, _EXPM1))
-    y = b.fma(tail, s, b.fma(r, s, _sub(b, s, 0.5)))
+    if is_f64("expm1", x):
+        return libm(b, "expm1", x)
+    r, k = _reduce_exp(b, at_most(b, at_least(b, x, -18.0), 89.0))
+    s = power_of_two(b, b.sub(k, 1))  # half of 2^k, which would overflow where the result does not
+    tail = mul(b, mul(b, r, r), horner(b, r, _EXPM1))
+    y = b.fma(tail, s, b.fma(r, s, sub(b, s, 0.5)))
     tiny = b.cmp("lt", b.abs(x), 2.0**-25)  # e^x - 1 rounds to x, denormals and -0 included
-    return b.select(tiny, x, _add(b, y, y))
+    return b.select(tiny, x, add(b, y, y))
 
 
 # -- logarithms ---------------------------------------------------------------------------------------------------
@@ -232,15 +158,15 @@ def expm1(b: Builder, x: Val) -> Val:
 def _split(b: Builder, x: Val) -> tuple[Val, Val]:
     """f, e with x = (1 + f) 2^e and -1/3 <= f < 1/3, exactly; both f32, x positive and finite."""
     denormal = b.cmp("lt", x, _SMALLEST_NORMAL)
-    word = _bits_of(b, b.select(denormal, _mul(b, x, 2.0**25), x))
-    e = b.ashr(b.sub(word, _f32_bits(2 / 3)), 23)
-    f = _sub(b, _float_of(b, b.sub(word, b.shl(e, 23))), 1.0)
-    return f, _add(b, b.cast("sitofp", e, F32), b.select(denormal, b.value(-25.0, x.ty), b.value(0.0, x.ty)))
+    word = bits_of(b, b.select(denormal, mul(b, x, 2.0**25), x))
+    e = b.ashr(b.sub(word, f32_bits(2 / 3)), 23)
+    f = sub(b, float_of(b, b.sub(word, b.shl(e, 23))), 1.0)
+    return f, add(b, b.cast("sitofp", e, F32), b.select(denormal, b.value(-25.0, x.ty), b.value(0.0, x.ty)))
 
 
 def _log_split(b: Builder, f: Val, e: Val) -> Val:
     """ln((1 + f) 2^e)."""
-    y = b.fma(_mul(b, f, f), b.fma(f, _horner(b, f, _LOG), -0.5), f)
+    y = b.fma(mul(b, f, f), b.fma(f, horner(b, f, _LOG), -0.5), f)
     return b.fma(e, _LN2_HI, y)
 
 
@@ -252,120 +178,35 @@ def _log_edges(b: Builder, x: Val, y: Val, pole: float) -> Val:
 
 def log(b: Builder, x: Val) -> Val:
     """The natural logarithm."""
-    if _is_f64("log", x):
-        return _libm(b, "log", x)
+    if is_f64("log", x):
+        return libm(b, "log", x)
     return _log_edges(b, x, _log_split(b, *_split(b, x)), 0.0)
 
 
 def log2(b: Builder, x: Val) -> Val:
     """The logarithm to base 2; exact for powers of two."""
-    if _is_f64("log2", x):
-        return _libm(b, "log2", x)
+    if is_f64("log2", x):
+        return libm(b, "log2", x)
     f, e = _split(b, x)
-    tail = b.fma(_mul(b, f, f), _horner(b, f, _LOG2), _mul(b, f, _LOG2_E_LO))
+    tail = b.fma(mul(b, f, f), horner(b, f, _LOG2), mul(b, f, _LOG2_E_LO))
     y = b.fma(f, _LOG2_E, e)
-    rest = b.fma(f, _LOG2_E, _sub(b, e, y))  # what the rounding of y lost
-    return _log_edges(b, x, _add(b, y, _add(b, rest, tail)), 0.0)
+    rest = b.fma(f, _LOG2_E, sub(b, e, y))  # what the rounding of y lost
+    return _log_edges(b, x, add(b, y, add(b, rest, tail)), 0.0)
 
 
 def log1p(b: Builder, x: Val) -> Val:
     """ln(1 + x): 1 + x is rounded only to find the exponent e; f = x 2^-e + (2^-e - 1) comes from x itself."""
-    if _is_f64("log1p", x):
-        return _libm(b, "log1p", x)
-    u = _add(b, x, 1.0)
-    word = _bits_of(b, u)
-    e = b.ashr(b.sub(word, _f32_bits(2 / 3)), 23)
-    s = _power_of_two(b, b.sub(0, e))
-    f = b.fma(x, s, _sub(b, s, 1.0))
-    rounded = _sub(b, _float_of(b, b.sub(word, b.shl(e, 23))), 1.0)
+    if is_f64("log1p", x):
+        return libm(b, "log1p", x)
+    u = add(b, x, 1.0)
+    word = bits_of(b, u)
+    e = b.ashr(b.sub(word, f32_bits(2 / 3)), 23)
+    s = power_of_two(b, b.sub(0, e))
+    f = b.fma(x, s, sub(b, s, 1.0))
+    rounded = sub(b, float_of(b, b.sub(word, b.shl(e, 23))), 1.0)
     f = b.select(b.cmp("gt", x, 2.0**26), rounded, f)  # there the 1 is below half an ulp, and 2^-e may be denormal
     y = _log_split(b, f, b.cast("sitofp", e, F32))
     return b.select(b.cmp("lt", b.abs(x), 2.0**-25), x, _log_edges(b, x, y, -1.0))
-
-
-# -- trigonometry -------------------------------------------------------------------------------------------------
-
-
-def _reduce_large_body(function: Function) -> None:
-    """i64 (q << 32 | bits of r) for f32 x, 1e5 < x < inf: x = r + q pi/2 modulo 2 pi, |r| <= pi/4.
-
-    x = m 2^e with an integer m < 2^24. Bits of 2/pi worth 4 or more after the scaling by 2^e cannot change
-    the result; the next 96 times m leave 2 bits of quadrant and 94 of fraction (Payne & Hanek, 1983).
-    """
-    b, (x,) = function.builder, function.args
-    word = b.bitcast(x, I32)
-    mantissa = b.cast("zext", b.or_(b.and_(word, 0x7FFFFF), 0x800000), _I128)
-    first = b.cast("zext", b.sub(b.lshr(word, 23), 150 + 2 - 32), I64)  # bit e - 1 of 2/pi in the table
-    table = b.module.table("vmath.two_over_pi", _TWO_OVER_PI_WORDS, I32)
-    window = b.value(0, _I128)
-    for i in range(4):
-        part = b.load(b.gep(table, b.add(b.lshr(first, 5), i), I32), I32, invariant=True)
-        window = b.or_(b.shl(window, 32), b.cast("zext", part, _I128))
-    window = b.lshr(b.shl(window, b.cast("zext", b.and_(first, 31), _I128)), 32)
-    turns = b.cast("trunc", b.lshr(b.mul(mantissa, window), 32), I64)  # quarter turns modulo 4, times 2^62
-    q = b.lshr(b.add(turns, 1 << 61), 62)
-    r = _mul(b, b.cast("sitofp", b.sub(turns, b.shl(q, 62)), F64), math.pi / 2 * 2.0**-62)
-    low = b.cast("zext", b.bitcast(b.cast("fptrunc", r, F32), I32), I64)
-    b.ret(b.or_(b.shl(q, 32), low))
-
-
-def _reduce_large(b: Builder, a: Val) -> tuple[Val, Val]:
-    """The reduction of `_reduce_trig` for |x| > 1e5, lane by lane in a loop; other lanes get anything."""
-    reduce = b.module.helper("vmath.reduce_large", I64, [("x", F32)], _reduce_large_body, inline=False)
-    n, a = lanes(a.ty), _at_least(b, a, 1e5)
-    count, word = max(n, 1), vec(n, I32)
-    xs, rs, qs = b.alloca(F32, count), b.alloca(F32, count), b.alloca(I32, count)
-    b.store(_at_most(b, a, 3.4028234663852886e38), xs)
-    with b.for_(0, count) as lane:
-        packed = b.call(reduce, b.load(b.gep(xs, lane.i, F32), F32))
-        b.store(b.bitcast(b.cast("trunc", packed, I32), F32), b.gep(rs, lane.i, F32))
-        b.store(b.cast("trunc", b.lshr(packed, 32), I32), b.gep(qs, lane.i, I32))
-    return b.load(rs, a.ty), b.load(qs, word)
-
-
-def _reduce_trig(b: Builder, a: Val) -> tuple[Val, Val]:
-    """r, q with a = r + q pi/2 modulo 2 pi and |r| <= pi/4, for a >= 0; r is NaN for inf and NaN.
-
-    Up to 1e5 three fmas subtract q pi/2 (q < 2^16; the first is exact).
-    """
-    n, q = _round_to_integer(b, a, _TWO_OVER_PI)
-    r = a
-    for part in _HALF_PI:
-        r = b.fma(n, -part, r)
-    large = b.cmp("gt", a, 1e5)
-    some = b.cmp("ne", b.bitcast(large, f"i{lanes(a.ty)}"), 0) if lanes(a.ty) else large
-    with b.if_(some, likely=False) as branch:
-        slow_r, slow_q = _reduce_large(b, a)
-        slow_r = _add(b, slow_r, _sub(b, a, a))  # NaN for inf
-        branch.give([b.select(large, slow_r, r), b.select(large, slow_q, q)])
-    with branch.else_():
-        branch.give([r, q])
-    return branch.results[0], branch.results[1]
-
-
-def _sin_or_cos(b: Builder, r: Val, q: Val) -> Val:
-    """sin(r + q pi/2)."""
-    s = _mul(b, r, r)
-    sine = b.fma(_mul(b, r, s), _horner(b, s, _SIN), r)
-    cosine = b.fma(s, _horner(b, s, _COS), 1.0)
-    y = b.select(b.cmp("ne", b.and_(q, 1), 0), cosine, sine)
-    return _float_of(b, b.xor(_bits_of(b, y), b.shl(b.and_(q, 2), 30)))
-
-
-def sin(b: Builder, x: Val) -> Val:
-    """The sine of x radians."""
-    if _is_f64("sin", x):
-        return _libm(b, "sin", x)
-    y = _sin_or_cos(b, *_reduce_trig(b, b.abs(x)))
-    return _float_of(b, b.xor(_bits_of(b, y), b.and_(_bits_of(b, x), -(2**31))))
-
-
-def cos(b: Builder, x: Val) -> Val:
-    """The cosine of x radians."""
-    if _is_f64("cos", x):
-        return _libm(b, "cos", x)
-    r, q = _reduce_trig(b, b.abs(x))
-    return _sin_or_cos(b, r, b.add(q, 1))
 
 
 # -- sigmoids and activations -------------------------------------------------------------------------------------
@@ -373,48 +214,48 @@ def cos(b: Builder, x: Val) -> Val:
 
 def tanh(b: Builder, x: Val) -> Val:
     """The hyperbolic tangent: a polynomial below 5/8, 1 - 2 / (e^2|x| + 1) above."""
-    if _is_f64("tanh", x):
-        return _libm(b, "tanh", x)
+    if is_f64("tanh", x):
+        return libm(b, "tanh", x)
     a = b.abs(x)
-    s = _mul(b, a, a)
-    small = b.fma(_mul(b, a, s), _horner(b, s, _TANH), a)
-    p, k = _exp_reduced(b, _at_most(b, _add(b, a, a), 20.0))
-    large = _sub(b, 1.0, b.div(2.0, b.fma(p, _power_of_two(b, k), 1.0)))
-    return _with_sign(b, b.select(b.cmp("lt", a, 0.625), small, large), x)
+    s = mul(b, a, a)
+    small = b.fma(mul(b, a, s), horner(b, s, _TANH), a)
+    p, k = _exp_reduced(b, at_most(b, add(b, a, a), 20.0))
+    large = sub(b, 1.0, b.div(2.0, b.fma(p, power_of_two(b, k), 1.0)))
+    return with_sign(b, b.select(b.cmp("lt", a, 0.625), small, large), x)
 
 
 def erf(b: Builder, x: Val) -> Val:
     """The error function: a polynomial below 0.92, 1 - e^(polynomial) above."""
-    if _is_f64("erf", x):
-        return _libm(b, "erf", x)
+    if is_f64("erf", x):
+        return libm(b, "erf", x)
     a = b.abs(x)
-    small = b.fma(a, _horner(b, _mul(b, a, a), _ERF), a)
-    t = _at_most(b, a, 4.0)  # erf rounds to 1 from 3.92 on
-    p, k = _exp_reduced(b, b.fma(t, _horner(b, t, _ERFC), b.neg(t)))
-    large = b.fma(p, b.neg(_power_of_two(b, k)), 1.0)
-    return _with_sign(b, b.select(b.cmp("lt", a, 0.92), small, large), x)
+    small = b.fma(a, horner(b, mul(b, a, a), _ERF), a)
+    t = at_most(b, a, 4.0)  # erf rounds to 1 from 3.92 on
+    p, k = _exp_reduced(b, b.fma(t, horner(b, t, _ERFC), b.neg(t)))
+    large = b.fma(p, b.neg(power_of_two(b, k)), 1.0)
+    return with_sign(b, b.select(b.cmp("lt", a, 0.92), small, large), x)
 
 
 def _times_sigmoid(b: Builder, x: Operand, z: Val) -> Val:
     """x / (1 + e^-z) from e = e^-|z|: x e / (1 + e) where z < 0, with one rounding where it is denormal."""
     y, s = _exp_tail(b, b.neg(b.abs(z)))
     negative = b.cmp("lt", z, 0.0)
-    top = _mul(b, b.select(negative, y, b.value(1.0, z.ty)), x)
+    top = mul(b, b.select(negative, y, b.value(1.0, z.ty)), x)
     quotient = b.div(top, b.fma(y, s, 1.0))
-    return _mul(b, quotient, b.select(negative, s, b.value(1.0, z.ty)))
+    return mul(b, quotient, b.select(negative, s, b.value(1.0, z.ty)))
 
 
 def sigmoid(b: Builder, x: Val) -> Val:
     """1 / (1 + e^-x)."""
-    if _is_f64("sigmoid", x):
-        return b.div(1.0, _add(b, exp(b, b.neg(x)), 1.0))
+    if is_f64("sigmoid", x):
+        return b.div(1.0, add(b, exp(b, b.neg(x)), 1.0))
     return _times_sigmoid(b, 1.0, x)
 
 
 def silu(b: Builder, x: Val) -> Val:
     """x sigmoid(x), also called swish (Elfwing et al., 2017)."""
-    if _is_f64("silu", x):
-        return b.div(x, _add(b, exp(b, b.neg(x)), 1.0))
+    if is_f64("silu", x):
+        return b.div(x, add(b, exp(b, b.neg(x)), 1.0))
     return _times_sigmoid(b, x, x)
 
 
@@ -424,22 +265,22 @@ def gelu(b: Builder, x: Val) -> Val:
     Computed from the tail Phi(-|x|) = e^(-x^2/2) h(|x|), so that no accuracy is lost at negative x, where
     x (1 + erf(x / sqrt 2)) / 2 cancels.
     """
-    if _is_f64("gelu", x):
-        tail = _libm(b, "erfc", _mul(b, x, -math.sqrt(0.5)))
-        return _mul(b, _mul(b, x, 0.5), tail)
-    a = _at_most(b, b.abs(x), 16.0)
-    square = _mul(b, a, a)
+    if is_f64("gelu", x):
+        tail = libm(b, "erfc", mul(b, x, -math.sqrt(0.5)))
+        return mul(b, mul(b, x, 0.5), tail)
+    a = at_most(b, b.abs(x), 16.0)
+    square = mul(b, a, a)
     rest = b.fma(a, a, b.neg(square))  # a^2 = square + rest, exactly
-    y, s = _exp_tail(b, _mul(b, square, -0.5))
-    d = _add(b, a, 4.0)
+    y, s = _exp_tail(b, mul(b, square, -0.5))
+    d = add(b, a, 4.0)
     v = b.div(1.0, d)
-    lost = b.fma(b.neg(v), _sub(b, a, _sub(b, d, 4.0)), b.fma(b.neg(d), v, 1.0))  # 1 / (a + 4) = v (1 + lost)
-    u = b.fma(_mul(b, v, -8.0), lost, b.fma(v, -8.0, 1.0))
-    h = _mul(b, v, _horner(b, u, _MILLS))
-    y = _mul(b, y, b.fma(b.fma(rest, -0.5, lost), h, h))
+    lost = b.fma(b.neg(v), sub(b, a, sub(b, d, 4.0)), b.fma(b.neg(d), v, 1.0))  # 1 / (a + 4) = v (1 + lost)
+    u = b.fma(mul(b, v, -8.0), lost, b.fma(v, -8.0, 1.0))
+    h = mul(b, v, horner(b, u, _MILLS))
+    y = mul(b, y, b.fma(b.fma(rest, -0.5, lost), h, h))
     positive = b.cmp("gt", x, 0.0)
     phi = b.select(positive, b.fma(b.neg(y), s, 1.0), y)
-    return _mul(b, _mul(b, phi, x), b.select(positive, b.value(1.0, x.ty), s))
+    return mul(b, mul(b, phi, x), b.select(positive, b.value(1.0, x.ty), s))
 
 
 def gelu_tanh(b: Builder, x: Val) -> Val:
@@ -449,17 +290,17 @@ def gelu_tanh(b: Builder, x: Val) -> Val:
     (4 + 5 |u|) ulp below.
     """
     c = 2 * math.sqrt(2 / math.pi)
-    square = _mul(b, x, x)
-    z = _mul(b, x, b.fma(square, c * 0.044715, b.value(c, x.ty)))
-    if _is_f64("gelu_tanh", x):
-        return b.div(x, _add(b, exp(b, b.neg(z)), 1.0))
+    square = mul(b, x, x)
+    z = mul(b, x, b.fma(square, c * 0.044715, b.value(c, x.ty)))
+    if is_f64("gelu_tanh", x):
+        return b.div(x, add(b, exp(b, b.neg(z)), 1.0))
     return _times_sigmoid(b, x, z)
 
 
 def softplus(b: Builder, x: Val) -> Val:
     """ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|)."""
     tail = log1p(b, exp(b, b.neg(b.abs(x))))
-    return _add(b, _at_least(b, x, 0.0), tail)
+    return add(b, at_least(b, x, 0.0), tail)
 
 
 # -- roots and powers ---------------------------------------------------------------------------------------------
@@ -467,7 +308,7 @@ def softplus(b: Builder, x: Val) -> Val:
 
 def sqrt(b: Builder, x: Val) -> Val:
     """The square root, correctly rounded."""
-    _is_f64("sqrt", x)  # refuses other types
+    is_f64("sqrt", x)  # refuses other types
     return b.intrinsic("llvm.sqrt", [x], x.ty)
 
 
@@ -476,29 +317,33 @@ def rsqrt(b: Builder, x: Val) -> Val:
     return b.div(1.0, sqrt(b, x))
 
 
+def _f64_bits(x: float) -> int:
+    return struct.unpack("<Q", struct.pack("<d", x))[0]
+
+
 def pow(b: Builder, x: Val, y: Val) -> Val:
     """x^y = 2^(y log2|x|), computed in f64 and rounded once; negative x needs an integer y, else NaN."""
-    if _is_f64("pow", x):
-        return _libm(b, "pow", x, y)
+    if is_f64("pow", x):
+        return libm(b, "pow", x, y)
     a = b.abs(x)
     f, e = (b.cast("fpext", part, F64) for part in _split(b, a))
-    s = b.div(f, _add(b, f, 2.0))
-    log = b.fma(s, _horner(b, _mul(b, s, s), _POW_LOG2), e)
+    s = b.div(f, add(b, f, 2.0))
+    log = b.fma(s, horner(b, mul(b, s, s), _POW_LOG2), e)
     log = b.select(b.cmp("lt", a, _INF), log, b.cast("fpext", a, F64))  # inf and NaN
     log = b.select(b.cmp("eq", a, 0.0), b.value(-_INF, log.ty), log)
     # |y| beyond 2^40 is an even integer and under- or overflows for every |x| but 1, just as 2^40 does
-    y64 = _at_most(b, _at_least(b, b.cast("fpext", y, F64), -(2.0**40)), 2.0**40)
-    p = _at_most(b, _at_least(b, _mul(b, y64, log), -160.0), 160.0)
-    t = _add(b, p, _ROUND64)
-    r = _sub(b, p, _sub(b, t, _ROUND64))
-    power = b.fma(r, _horner(b, r, _POW_EXP2), 1.0)
-    power = _mul(b, power, _float_of(b, b.shl(b.add(_bits_of(b, t), 1023 - _f64_bits(_ROUND64)), 52)))
+    y64 = at_most(b, at_least(b, b.cast("fpext", y, F64), -(2.0**40)), 2.0**40)
+    p = at_most(b, at_least(b, mul(b, y64, log), -160.0), 160.0)
+    t = add(b, p, _ROUND64)
+    r = sub(b, p, sub(b, t, _ROUND64))
+    power = b.fma(r, horner(b, r, _POW_EXP2), 1.0)
+    power = mul(b, power, float_of(b, b.shl(b.add(bits_of(b, t), 1023 - _f64_bits(_ROUND64)), 52)))
     out = b.cast("fptrunc", power, F32)
-    whole = _add(b, y64, _ROUND64)
-    is_integer = b.cmp("eq", _sub(b, whole, _ROUND64), y64)
-    odd = b.select(is_integer, b.cast("trunc", _bits_of(b, whole), I32), 0)
-    sign = b.and_(_bits_of(b, x), b.shl(odd, 31))
-    signed = _float_of(b, b.or_(_bits_of(b, out), sign))
+    whole = add(b, y64, _ROUND64)
+    is_integer = b.cmp("eq", sub(b, whole, _ROUND64), y64)
+    odd = b.select(is_integer, b.cast("trunc", bits_of(b, whole), I32), 0)
+    sign = b.and_(bits_of(b, x), b.shl(odd, 31))
+    signed = float_of(b, b.or_(bits_of(b, out), sign))
     negative = b.and_(b.cmp("lt", x, 0.0), b.cmp("gt", x, -_INF))
     signed = b.select(b.and_(negative, b.not_(is_integer)), b.value(_NAN, x.ty), signed)
     return b.select(b.or_(b.cmp("eq", y, 0.0), b.cmp("eq", x, 1.0)), b.value(1.0, x.ty), signed)
@@ -536,7 +381,7 @@ def rand(b: Builder, seed: Val, offset: Val) -> Val:
         c2 = b.xor(b.xor(high(product_a), c3), b.add(k1, step * 0xBB67AE85 & 0xFFFFFFFF))
         c1, c3 = low(product_b), low(product_a)
     folded = b.xor(c0, b.ashr(c0, 31))  # ~c0 where it is negative
-    return _mul(b, b.cast("sitofp", folded, F32), 4.6566127342e-10)
+    return mul(b, b.cast("sitofp", folded, F32), 4.6566127342e-10)
 
 
 UNARY: dict[str, Callable[[Builder, Val], Val]] = {
