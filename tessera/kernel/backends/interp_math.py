@@ -35,9 +35,13 @@ def _floordiv(x: Tensor, y: Tensor) -> Tensor:
     return torch.floor(x / y) if x.is_floating_point() else torch.div(x, y, rounding_mode="floor")
 
 
+def _mod(x: Tensor, y: Tensor) -> Tensor:
+    return x - torch.floor(x / y) * y if x.is_floating_point() else torch.remainder(x, y)
+
+
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "floordiv": _floordiv,
-    "mod": torch.remainder, "pow": torch.pow, "max": torch.maximum, "min": torch.minimum,
+    "mod": _mod, "pow": torch.pow, "max": torch.maximum, "min": torch.minimum,
     "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
     "shl": torch.bitwise_left_shift, "shr": torch.bitwise_right_shift,
     "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "ne": torch.ne,
