@@ -59,7 +59,7 @@ def test_programs_that_hypothesis_finds(random):
 
 
 def test_the_fuzzer_uses_every_kind_of_operation():
-    seen = {op.name for seed in range(150) for op in ir.walk(fuzzer.make(Random(seed)).program.function.body)}
+    seen = {op.name for seed in range(300) for op in ir.walk(fuzzer.make(Random(seed)).program.function.body)}
     wanted = ir.ELEMENTWISE | ir.BITWISE | {"for", "if", "grid"} | set(
         "const dim iota reduce scan sort mma slice extract insert concat reshape transpose broadcast view load".split())
     assert wanted - seen == set()
