@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from tessera.kernel.backends.cpu import blocks, jit
+from tessera.errors import LaunchError
+from tessera.kernel.backends.cpu import blocks, jit, threads
 from tessera.kernel.backends.cpu.host import Target, target
-from tessera.kernel.backends.cpu.lower import lower
+from tessera.kernel.backends.cpu.lower import asserts, lower
 from tessera.kernel.ir import Function
 from tessera.kernel.passes import prepare
 
@@ -25,13 +26,12 @@ class Compiled:
     def __init__(self, function: Function, host: Target) -> None:
         self.function = prepare(function, blocks.choose)
         module, segments = lower(self.function, host)
+        threads.emit_launch(module, segments)
         self.source = module.text()
-        self._library = jit.load_object(jit.compile_to_object(self.source, host), host)
-        count = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
-        body = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
-        self._segments = [(count(self._library.address(f"items_{k}")), body(self._library.address(f"body_{k}")))
-                          for k in range(segments)]
-        self._format = _slot_format(self.function)
+        self._library = jit.load_object(jit.compile_to_object(self.source, host), host, threads.symbols())
+        self._launch = threads.entry(self._library)
+        self._pack = struct.Struct(_slot_format(self.function)).pack
+        self._asserts = asserts(self.function)
 
     def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
         slots: list[Any] = []
@@ -41,17 +41,25 @@ class Compiled:
                 slots += arg.stride()
             else:
                 slots.append(arg)
-        packed = struct.pack(self._format, *slots, *sizes)
-        for count, body in self._segments:
-            body(packed, 0, count(packed))
+        packed = self._pack(*slots, *sizes, 0)
+        if not self._asserts:
+            self._launch(packed, torch.get_num_threads())
+            return
+        memory = ctypes.create_string_buffer(packed, len(packed))
+        self._launch(ctypes.cast(memory, ctypes.c_char_p), torch.get_num_threads())
+        failed = struct.unpack("q", memory.raw[-8:])[0]
+        if failed:
+            op = self._asserts[failed - 1]
+            raise LaunchError(f"{op.loc}: assertion failed: {op.attrs.get('text') or 'tile.assert'}")
 
 
 def _slot_format(function: Function) -> str:
+    """The struct format of the packed arguments: what `Context` reads, and the status slot."""
     slots = ""
     for param in function.params:
         dtype = param.value.type.dtype
         slots += "q" * (1 + param.value.type.rank) if param.is_view else "d" if dtype.is_float else "q"
-    return slots + "q" * len(function.sizes)
+    return slots + "q" * (len(function.sizes) + 1)
 
 
 def compile(function: Function) -> Compiled:

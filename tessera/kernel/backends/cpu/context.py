@@ -21,6 +21,7 @@ from tessera.kernel.dims import Dim, Term, split_fraction
 from tessera.kernel.ir import Function, Param, Value
 from tessera.types import DType, f32, int32
 
+ZERO = emit.const(0, I64)
 MAX_STACK_SCRATCH = 16384  # bytes; larger scratch comes from the heap once per call
 
 _STORAGE = {"f64": F64, "f32": F32, "f16": emit.F16, "bf16": emit.I16, "fp8_e4m3": I8, "fp8_e5m2": I8,
@@ -49,7 +50,7 @@ class Memory:
     pointer: Val
     strides: tuple[Val, ...]
     dtype: DType
-    offset: Val = emit.const(0, I64)
+    offset: Val = ZERO
 
     def address(self, b: Builder, indices: Sequence[Val]) -> Val:
         """The address of one element."""
@@ -86,6 +87,7 @@ class Context:
             for name in self.function.sizes:
                 self.sizes[name] = self._slot(slot, I64)
                 slot += 1
+            self.status = self.b.gep(self.args, slot, I64)  # 0, or the number of an assertion that failed
 
     def _load_param(self, param: Param, slot: int) -> int:
         value = param.value

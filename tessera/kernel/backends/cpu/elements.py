@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from tessera.errors import UnsupportedError
 from tessera.kernel.backends.cpu import emit, vmath
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
-
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
 from tessera.kernel.backends.cpu.storage import from_storage, round_to, to_storage
 from tessera.kernel.ir import Op, Value
@@ -59,12 +58,13 @@ def element(ctx: Context, value: Value, point: Point) -> Val:
     key = (value.name, *point.key)
     known = ctx.lookup(key)
     if known is None:
-        known = _compute(ctx, value, point)
+        known = produce(ctx, value, point)
         ctx.remember(key, known)
     return known
 
 
-def _compute(ctx: Context, value: Value, point: Point) -> Val:
+def produce(ctx: Context, value: Value, point: Point) -> Val:
+    """Compute an element, without looking whether it is known."""
     memory = ctx.memory.get(value.name)
     if memory is not None:
         return load(ctx, memory, point)

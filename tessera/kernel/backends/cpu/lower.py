@@ -8,12 +8,14 @@ a double, then the sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tessera.errors import UnsupportedError
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu import emit, plan
-from tessera.kernel.backends.cpu.context import Context, Memory
+from tessera.kernel.backends.cpu.context import Context, Memory, register_type
 from tessera.kernel.backends.cpu.control import lower_for, lower_if, lower_while
-from tessera.kernel.backends.cpu.elements import Point, compute, element, index64, load, store
+from tessera.kernel.backends.cpu.elements import Point, compute, element, index64, load, produce, store
 from tessera.kernel.backends.cpu.emit import I64, PTR, Val
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.loops import each, sweep, write
@@ -118,10 +120,7 @@ def _scalar(ctx: Context, op: Op) -> Val:
         return compute(ctx, op, [ctx.scalars[v.name] for v in op.operands])
     if op.name == "load":
         return load(ctx, ctx.memory[op.operands[0].name], Point(()))
-    known = ctx.memory.get(op.result.name)
-    assert known is None
-    from tessera.kernel.backends.cpu.elements import _compute
-    return _compute(ctx, op.result, Point(()))
+    return produce(ctx, op.result, Point(()))
 
 
 def _materialize(ctx: Context, op: Op) -> None:
@@ -131,7 +130,6 @@ def _materialize(ctx: Context, op: Op) -> None:
 
 
 def _const(ctx: Context, op: Op) -> None:
-    from tessera.kernel.backends.cpu.context import register_type
     ctx.scalars[op.result.name] = emit.const(op.attrs["value"], register_type(op.result.type.dtype))
 
 
@@ -217,16 +215,15 @@ def _extract(ctx: Context, op: Op) -> None:
 def _reshape(ctx: Context, op: Op) -> None:
     """Over memory a reshape is another set of strides, as long as the source lies densely."""
     source = ctx.memory.get(op.operands[0].name)
-    if op.operands[0].name in ctx.materialize or (op.operands[0].op is not None and op.operands[0].op.name in
-                                                  (*plan.BUFFERED, "reduce")):
-        if source is not None and op.result.type.rank:
-            count, strides = emit.const(1, I64), []
-            for dim in reversed(op.result.type.shape):
-                strides.insert(0, count)
-                count = ctx.b.mul(count, ctx.size(dim))
-            ctx.memory[op.result.name] = Memory(source.pointer, tuple(strides), source.dtype)
-            return
-    if not op.result.type.rank:
+    made = op.operands[0].op
+    dense = op.operands[0].name in ctx.materialize or (made is not None and made.name in (*plan.BUFFERED, "reduce"))
+    if dense and source is not None and op.result.type.rank:
+        count, strides = emit.const(1, I64), []
+        for dim in reversed(op.result.type.shape):
+            strides.insert(0, count)
+            count = ctx.b.mul(count, ctx.size(dim))
+        ctx.memory[op.result.name] = Memory(source.pointer, tuple(strides), source.dtype)
+    elif not op.result.type.rank:
         zero = Point((emit.const(0, I64),) * op.operands[0].type.rank)
         ctx.scalars[op.result.name] = element(ctx, op.operands[0], zero)
 
@@ -264,7 +261,44 @@ def _atomic_add(ctx: Context, op: Op) -> None:
     _each_point(ctx, value, one)
 
 
-def _each_point(ctx: Context, value: ir.Value, body) -> None:
+def _print(ctx: Context, op: Op) -> None:
+    """One line an element, through C's printf, in the order of the program."""
+    b = ctx.b
+    for value in op.operands:
+        label = op.attrs.get("text", "") + (value.hint or value.name)
+
+        def line(point: Point, value: ir.Value = value, label: str = label) -> None:
+            x = element(ctx, value, point)
+            x = b.cast("fpext", x, emit.F64) if emit.is_float(x.ty) else index64(ctx, x) if x.ty != emit.I1 else \
+                b.cast("zext", x, I64)
+            text = f"{label}[{', '.join(['%ld'] * len(point.indices))}] = {'%.9g' if x.ty == emit.F64 else '%ld'}\n"
+            data = ctx.module.table(f"{ctx.llvm.name}_text{ctx.llvm.unique()}", [*text.encode(), 0], emit.I8)
+            arguments = ", ".join(map(str, [data, *point.indices, x]))
+            b.emit(f"call i32 (ptr, ...) @printf({arguments})", emit.I32)
+
+        ctx.module.declare("printf", emit.I32, ["ptr, ..."])
+        _each_point(ctx, value, line)
+    b.call(ctx.module.declare("fflush", emit.I32, [PTR]), 0)
+
+
+def _assert(ctx: Context, op: Op) -> None:
+    """A failed assertion leaves its number in the status slot; the launch raises."""
+    b = ctx.b
+    number = next(i for i, other in enumerate(asserts(ctx.function), 1) if other is op)
+
+    def check(point: Point) -> None:
+        with b.if_(b.not_(element(ctx, op.operands[0], point)), likely=False):
+            b.store(emit.const(number, I64), ctx.status)
+
+    _each_point(ctx, op.operands[0], check)
+
+
+def asserts(function: Function) -> list[Op]:
+    """The run-time assertions of a kernel, in program order."""
+    return [op for op in ir.walk(function.body) if op.name == "assert"]
+
+
+def _each_point(ctx: Context, value: ir.Value, body: Callable[[Point], None]) -> None:
     def nest(indices: tuple[Val, ...]) -> None:
         if len(indices) == value.type.rank:
             body(Point(indices))
@@ -288,6 +322,7 @@ _RULES = {
     "const": _const, "dim": _dim, "view": _view, "reduce": _reduce, "scan": scan, "sort": sort, "mma": lower_mma,
     "store": _store, "concat": _concat, "insert": _insert, "extract": _extract, "reshape": _reshape,
     "scatter": _scatter, "atomic_add": _atomic_add, "grid": _grid_inside,
+    "print": _print, "assert": _assert,
     "for": lambda ctx, op: lower_for(ctx, op, _lower_block),
     "while": lambda ctx, op: lower_while(ctx, op, _lower_block),
     "if": lambda ctx, op: lower_if(ctx, op, _lower_block),
