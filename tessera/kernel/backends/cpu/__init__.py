@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from tessera.errors import LaunchError
+from tessera.kernel import cache
 from tessera.kernel.backends.cpu import blocks, jit, threads
 from tessera.kernel.backends.cpu.host import Target, target
 from tessera.kernel.backends.cpu.lower import asserts, lower
@@ -24,14 +26,23 @@ class Compiled:
     """A kernel as machine code. Call it with the arguments in the order of the function's parameters."""
 
     def __init__(self, function: Function, host: Target) -> None:
-        self.function = prepare(function, blocks.choose)
-        module, segments = lower(self.function, host)
-        threads.emit_launch(module, segments)
-        self.source = module.text()
-        self._library = jit.load_object(jit.compile_to_object(self.source, host), host, threads.symbols())
+        self._function, self._host = function, host
+        code = cache.cached(f"cpu {host.key}\n{function}\n{function.schedule}", self._compile)
+        self._library = jit.load_object(code, host, threads.symbols())
         self._launch = threads.entry(self._library)
-        self._pack = struct.Struct(_slot_format(self.function)).pack
-        self._asserts = asserts(self.function)
+        self._pack = struct.Struct(_slot_format(function)).pack
+        self._asserts = asserts(function)
+
+    def _compile(self) -> bytes:
+        return jit.compile_to_object(self.source, self._host)
+
+    @cached_property
+    def source(self) -> str:
+        """The LLVM text that the code was made from."""
+        function = prepare(self._function, blocks.choose)
+        module, segments = lower(function, self._host)
+        threads.emit_launch(module, segments)
+        return module.text()
 
     def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
         slots: list[Any] = []

@@ -33,9 +33,25 @@ def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
     module = emit.Module()
     kept = plan.plan(function)
     segments = _segments(function.body)
+    _emit_work(function, module, target)
     for number, (shared, ops) in enumerate(segments):
         _lower_segment(function, module, target, kept, number, shared, ops)
     return module, len(segments)
+
+
+def _emit_work(function: Function, module: emit.Module, target: Target) -> None:
+    """work(args): elements of all views, several times where a matmul or a loop uses them again."""
+    estimate = module.function("work", I64, [("args", PTR)])
+    ctx = Context(function, module, target, estimate)
+    repeats = 8 if any(op.name in ("mma", "for", "while") for op in ir.walk(function.body)) else 1
+    total: Val = emit.const(0, I64)
+    for param in function.params:
+        if param.is_view:
+            count = emit.const(repeats, I64)
+            for dim in param.value.type.shape:
+                count = ctx.b.mul(count, ctx.size(dim))
+            total = ctx.b.add(total, count)
+    ctx.b.ret(total)
 
 
 def _segments(body: Block) -> list[tuple[list[Op], list[Op]]]:

@@ -29,6 +29,7 @@ _GOMP = {_PARALLEL: "GOMP_parallel", _BARRIER: "GOMP_barrier",
          _THREAD: "omp_get_thread_num", _THREADS: "omp_get_num_threads"}
 _LINE = 64  # bytes; each shared counter has a cache line of its own
 CHUNKS_PER_THREAD = 8
+MIN_WORK = 32768  # elements: about what one thread does while a team starts
 
 Entry = Callable[[bytes, int], None]
 
@@ -37,13 +38,16 @@ def emit_launch(module: Module, segments: int, *, dynamic: Sequence[int] = (), n
     """Add `name(ptr args, i64 threads)`, which runs segments 0 .. segments - 1 in order.
 
     Args:
-        segments: how many `items_k`, `body_k` pairs the module has.
+        segments: how many `items_k`, `body_k` pairs the module has. If it also has `work(args) -> i64`, an estimate
+            of the elements to be computed, a launch of less than MIN_WORK stays on the calling thread.
         dynamic: the segments whose items differ in cost: threads take chunks from a shared counter. The others are
             cut into one contiguous share a thread, the same one at every launch. Which thread computes an item
             never changes its value.
     """
     function = module.function(name, VOID, [("args", PTR), ("threads", I64)])
     b, (args, threads) = function.builder, function.args
+    if "work" in module.functions:
+        threads = b.select(b.cmp("lt", b.call(module.functions["work"], args), MIN_WORK), 1, threads)
     if segments == 1:
         threads = b.min(threads, b.call(module.functions["items_0"], args))
     with b.if_(b.cmp("le", threads, 1)) as branch:
