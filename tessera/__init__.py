@@ -20,17 +20,19 @@ _PUBLIC: dict[str, str] = {
     **dict.fromkeys(("TesseraError", "InputError", "ShapeError", "CompileError", "LaunchError"), "tessera.errors"),
     "GPTConfig": "tessera.models.config", "RopeScaling": "tessera.ops.rotary", "GPTModel": "tessera.models.gpt",
     "KVCache": "tessera.nn.kv_cache",
+    "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
 }
 _SUBMODULES = ("types", "errors", "env", "kernel", "ops", "nn", "dist", "models", "data", "checkpoint", "infer")
+_ALIASES = {"tokenizer": "tessera.data.tokenizer"}
 
-__all__ = sorted([*_PUBLIC, *_SUBMODULES])
+__all__ = sorted([*_PUBLIC, *_SUBMODULES, *_ALIASES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    elif name in _SUBMODULES:
-        value = importlib.import_module(f"tessera.{name}")
+    elif name in _SUBMODULES or name in _ALIASES:
+        value = importlib.import_module(_ALIASES.get(name, f"tessera.{name}"))
     else:
         raise AttributeError(f"module 'tessera' has no attribute {name!r}")
     globals()[name] = value
