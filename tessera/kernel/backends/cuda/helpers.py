@@ -1,0 +1,105 @@
+"""Small Triton functions that generated kernels call; each kernel's file holds the ones that it uses.
+
+They are text, not jitted functions of this module, so that a generated file stands on its own and runs under
+Triton's interpreter as well.
+"""
+
+from __future__ import annotations
+
+HELPERS: dict[str, str] = {
+    "nan_max": """
+@triton.jit
+def nan_max(a, b):
+    return tl.maximum(a, b, tl.PropagateNan.ALL)
+""",
+    "nan_min": """
+@triton.jit
+def nan_min(a, b):
+    return tl.minimum(a, b, tl.PropagateNan.ALL)
+""",
+    "int_max": """
+@triton.jit
+def int_max(a, b):
+    return tl.maximum(a, b)
+""",
+    # The first of the largest; NaN counts as largest.
+    "first_argmax": """
+@triton.jit
+def first_argmax(a, i, b, j):
+    same = (a == b) | ((a != a) & (b != b))
+    left = (a > b) | ((a != a) & (b == b)) | (same & (i < j))
+    return tl.where(left, a, b), tl.where(left, i, j)
+""",
+    "first_argmin": """
+@triton.jit
+def first_argmin(a, i, b, j):
+    same = (a == b) | ((a != a) & (b != b))
+    left = (a < b) | ((a != a) & (b == b)) | (same & (i < j))
+    return tl.where(left, a, b), tl.where(left, i, j)
+""",
+    # Python's rounding: towards minus infinity; the remainder has the divisor's sign.
+    "int_floordiv": """
+@triton.jit
+def int_floordiv(a, b):
+    quotient = a // b
+    return tl.where((a - quotient * b != 0) & ((a < 0) != (b < 0)), quotient - 1, quotient)
+""",
+    "int_mod": """
+@triton.jit
+def int_mod(a, b):
+    remainder = a % b
+    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
+""",
+    "float_mod": """
+@triton.jit
+def float_mod(a, b):
+    remainder = libdevice.fmod(a, b)
+    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
+""",
+    "int_pow": """
+@triton.jit
+def int_pow(a, b):
+    result = a * 0 + b * 0 + 1
+    factor = a + b * 0
+    left = b + a * 0
+    for _ in range(6):
+        result = tl.where((left & 1) != 0, result * factor, result)
+        factor = factor * factor
+        left = left >> 1
+    return result
+""",
+    # Order-preserving 32-bit integers as int64; NaN above all; flipped for a descending, still stable, sort.
+    "float_key": """
+@triton.jit
+def float_key(x, descending: tl.constexpr):
+    x = x.to(tl.float32)
+    bits = tl.where(x != x, float("nan"), x + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(x != x, 0x7FFFFFFF, bits)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return -1 - key if descending else key
+""",
+    "float_of_key": """
+@triton.jit
+def float_of_key(key, descending: tl.constexpr):
+    high = key >> 32
+    bits = (-1 - high if descending else high).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+""",
+    "int_key": """
+@triton.jit
+def int_key(x, descending: tl.constexpr):
+    key = x.to(tl.int64)
+    return -1 - key if descending else key
+""",
+    "int_of_key": """
+@triton.jit
+def int_of_key(key, descending: tl.constexpr):
+    high = key >> 32
+    return -1 - high if descending else high
+""",
+}
+
+
+def text_of(names: set[str]) -> str:
+    """The definitions, in a fixed order."""
+    return "\n".join(text for name, text in HELPERS.items() if name in names)

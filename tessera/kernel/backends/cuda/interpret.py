@@ -1,0 +1,138 @@
+"""Runs the generated Triton text under Triton's own interpreter, on CPU tensors, with no GPU.
+
+`run_interpreted` is for tests. Triton decides when it is imported whether its functions are interpreted, so a
+child process that was started with TRITON_INTERPRET=1 does the work; this module is also that child's program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import torch
+
+from tessera.errors import CompileError
+from tessera.kernel import ir
+from tessera.kernel.backends.cuda.launch import Argument, Compiled, count_programs, launch, load_module
+
+_child: subprocess.Popen[bytes] | None = None
+
+
+def run_interpreted(function: ir.Function, args: Sequence[Argument], sizes: Sequence[int]) -> None:
+    """Run a function as its Triton text says, in Triton's interpreter; output tensors are changed in place.
+
+    Args:
+        args: CPU tensors and scalars in the order of `function.params`.
+        sizes: the named sizes in the order of `function.sizes`.
+
+    Raises:
+        UnsupportedError: the cuda backend cannot express the function.
+        CompileError: the interpreter failed; the message holds its traceback and the text.
+    """
+    compiled = Compiled(function)
+    known = compiled.known(args, sizes)
+    kernels = [(text, count_programs(text, known)) for text in compiled.texts(args, sizes).kernels]
+    child = _start()
+    assert child.stdin is not None and child.stdout is not None
+    _send(child.stdin, (kernels, list(args), list(sizes)))
+    error, results = _receive(child.stdout)
+    if error:
+        raise CompileError(f"cuda: the generated text failed under Triton's interpreter\n{error}\n{compiled.source}")
+    for mine, theirs in zip(args, results):
+        if isinstance(mine, torch.Tensor):
+            mine.copy_(theirs)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    global _child
+    if _child is None or _child.poll() is not None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        program = f"import {__name__} as child; child.serve()"
+        _child = subprocess.Popen([sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE)
+        atexit.register(_stop, _child)
+    return _child
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+    child.terminate()
+    child.wait()
+
+
+def _send(pipe: BinaryIO | Any, message: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    pipe.write(struct.pack("<q", buffer.tell()))
+    pipe.write(buffer.getbuffer())
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO | Any) -> Any:
+    """One message between the two processes, both ours."""
+    header = pipe.read(8)
+    if len(header) < 8:
+        raise CompileError("cuda: the process that runs Triton's interpreter ended unexpectedly")
+    # Not from outside: the other end is our own process.
+    return torch.load(io.BytesIO(pipe.read(struct.unpack("<q", header)[0])), weights_only=False)
+
+
+# -- the child ---------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answer requests until the pipe closes; what kernels print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _replace_libdevice()
+    while True:
+        try:
+            kernels, args, sizes = _receive(sys.stdin.buffer)
+        except CompileError:
+            return
+        error = ""
+        try:
+            for text, programs in kernels:
+                kernel = getattr(load_module(text.name, text.source), text.name)
+                if programs:
+                    launch(kernel, text, (programs,), args, sizes)
+        except Exception:  # reported to the parent, whatever it is
+            import traceback
+
+            error = traceback.format_exc()
+        _send(answers, (error, args))
+
+
+def _replace_libdevice() -> None:
+    """The interpreter has no CUDA device library: the functions that we use, in numpy."""
+    import numpy as np
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def unary(function: Any) -> Any:
+        def call(x: Any) -> Any:
+            return tl.tensor(TensorHandle(function(x.handle.data).astype(x.handle.data.dtype), x.handle.dtype), x.type)
+        return call
+
+    def binary(function: Any) -> Any:
+        def call(x: Any, y: Any) -> Any:
+            tensor = x if isinstance(x, tl.tensor) else y
+            a, b = (v.handle.data if isinstance(v, tl.tensor) else np.float32(v) for v in (x, y))
+            data = function(a, b).astype(tensor.handle.data.dtype)
+            type_ = tl.block_type(tensor.dtype, data.shape) if data.ndim else tensor.dtype
+            return tl.tensor(TensorHandle(data, tensor.handle.dtype), type_)
+        return call
+
+    for name, function in {"tanh": np.tanh, "expm1": np.expm1, "log1p": np.log1p, "rint": np.rint}.items():
+        setattr(libdevice, name, unary(function))
+    for name, function in {"pow": np.power, "fmod": np.fmod}.items():
+        setattr(libdevice, name, binary(function))

@@ -1,0 +1,203 @@
+"""From a function to the text of its Triton kernels: one a launch.
+
+In: an IR function and the sizes that the text is made for. Out: `KernelText`s: source, the arguments in order,
+the launch grid as sizes. `launch` writes them to files and launches them, `interpret` runs them on the CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from tessera.kernel import ir
+from tessera.kernel.backends.cuda import contract, control, memory, plan, rules
+from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name
+from tessera.kernel.backends.cuda.helpers import text_of
+from tessera.kernel.backends.cuda.scopes import INDENT
+from tessera.kernel.backends.cuda.values import Index, Val
+from tessera.kernel.dims import Dim
+
+RULES: dict[str, Rule] = {**rules.RULES, **memory.RULES, **contract.RULES, **control.RULES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelText:
+    """One Triton kernel and how it is launched.
+
+    arguments: ("pointer", param), ("stride", param, axis), ("size", name), ("scalar", param), in order.
+    grid: the programs are the product of ceil(size / block) over these pairs.
+    """
+
+    name: str
+    source: str
+    arguments: tuple[tuple[str | int, ...], ...]
+    constants: dict[str, int] = field(default_factory=dict)
+    grid: tuple[tuple[Dim, int], ...] = ()
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The kernels of a function at some sizes, and the bounds that make them valid at other sizes."""
+
+    kernels: tuple[KernelText, ...]
+    bounds: dict[Dim, int]
+
+    @property
+    def source(self) -> str:
+        """One readable text of all launches."""
+        return "\n\n".join(kernel.source for kernel in self.kernels)
+
+
+def build(function: ir.Function, sizes: dict[str, int], wide: bool = False) -> Texts:
+    """The kernels of a function for sizes that round up to the same powers of two as `sizes`.
+
+    Args:
+        sizes: named sizes, and int arguments under the names of their values.
+        wide: a tensor has 2^31 elements or more: offsets are computed in 64 bits.
+
+    Raises:
+        UnsupportedError: an operation cannot be expressed at these sizes; the message names it and its line.
+    """
+    found = plan.segments(function)
+    kernels, bounds = [], {}
+    for number, segment in enumerate(found):
+        name = function.name if len(found) == 1 else f"{function.name}_{number}"
+        emitter = Emitter(function, sizes, wide, RULES)
+        kernels.append(_kernel(emitter, segment, _identifier(name)))
+        bounds.update(emitter.asked)
+    return Texts(kernels=tuple(kernels), bounds=bounds)
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _kernel(emitter: Emitter, segment: plan.Segment, name: str) -> KernelText:
+    emitter.block_depth[id(emitter.function.body)] = 0
+    for grid in segment.grids:
+        emitter.block_depth[id(grid.regions[0])] = 0
+    grid = _programs(emitter, segment)
+    control.block(emitter, segment.body, grid.presets, {id(op) for op in segment.effects})
+    lines = [*grid.lines, *emitter.scopes.stack[0].lines]
+    text = "\n".join(lines)
+    arguments = _arguments(emitter, text)
+    names = [_argument_name(emitter.function, argument) for argument in arguments]
+    scalars = [n for n, argument in zip(names, arguments) if argument[0] == "scalar"]
+    names += [f"{constant}: tl.constexpr" for constant in emitter.constants]
+    needs = text_of(emitter.helpers)
+    header = ["import triton", "import triton.language as tl"]
+    if "libdevice." in text + needs:
+        header.append("from triton.language.extra import libdevice")
+    jit = f"@triton.jit(do_not_specialize={scalars})" if scalars else "@triton.jit"
+    source = "\n".join([*header, needs, "", jit, f"def {name}({', '.join(names)}):",
+                        *(INDENT + line for line in lines or ["pass"]), ""])
+    return KernelText(name=name, source=source, arguments=tuple(arguments), constants=dict(emitter.constants),
+                      grid=tuple(grid.sizes), warps=_warps(emitter), stages=_stages(emitter))
+
+
+def _warps(emitter: Emitter) -> int:
+    if "warps" in emitter.function.schedule:
+        return int(emitter.function.schedule["warps"])
+    if emitter.uses_dot:
+        return 8 if emitter.largest >= 16384 else 4
+    return 4 if emitter.largest <= 2048 else 8 if emitter.largest <= 8192 else 16
+
+
+def _stages(emitter: Emitter) -> int:
+    if "stages" in emitter.function.schedule:
+        return int(emitter.function.schedule["stages"])
+    return 1 if emitter.function.schedule.get("pipeline") is False else 3 if emitter.uses_dot else 2
+
+
+# -- programs ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Programs:
+    """The launch grid, the lines that decode a program's number, and the indices that it gives to stores."""
+
+    sizes: list[tuple[Dim, int]]
+    lines: list[str]
+    presets: control.Presets
+
+
+def _programs(emitter: Emitter, segment: plan.Segment) -> _Programs:
+    sizes: list[tuple[Dim, int]] = []
+    names: list[str] = []
+    for grid in segment.grids:
+        for count, arg in zip(grid.operands, grid.regions[0].args):
+            assert count.expr is not None
+            sizes.append((count.expr, 1))
+            names.append(emitter.scopes.name(arg.hint or "i"))
+            emitter.pin(arg, Val(names[-1]))
+    blocks = plan.program_blocks(emitter, segment)
+    given: list[Index | None] = []
+    if any(blocks):
+        x = segment.effects[0].operands[-1]
+        for axis, block in enumerate(blocks):
+            given.append(_program_index(emitter, x, axis, block, sizes, names) if block else None)
+    presets: control.Presets = {id(op): given for op in segment.effects} if given else {}
+    return _Programs(sizes, _decode(emitter, sizes, names), presets)
+
+
+def _program_index(emitter: Emitter, x: ir.Value, axis: int, block: int,
+                   sizes: list[tuple[Dim, int]], names: list[str]) -> Index | None:
+    """The block of one stored axis that a program takes."""
+    dim, limit = x.type.shape[axis], x.type.extent(axis)
+    if dim.const == 1 or not {a.partition("/")[0] for a in dim.atoms} <= {*emitter.function.sizes}:
+        return None
+    name = axis_name(dim)
+    program = emitter.scopes.name(name + ("_block" if block > 1 else "_at"))
+    names.append(program)
+    sizes.append((dim, block))
+    if block == 1:
+        return Index(Val(program), None)
+    text = emitter.constant(f"BLOCK_{name}", block)
+    return emitter.over(emitter.new_axis(name, f"{program} * {text}", block, text, depth=0), limit)
+
+
+def _decode(emitter: Emitter, sizes: list[tuple[Dim, int]], names: list[str]) -> list[str]:
+    """Lines that take a program's number apart, the last size running fastest."""
+    if not names:
+        return []
+    number = "tl.program_id(0)" + (".to(tl.int64)" if emitter.wide else "")
+    if len(names) == 1:
+        return [f"{names[0]} = {number}"]
+    lines = [f"program = {number}"]
+    for position in range(len(names) - 1, 0, -1):
+        dim, block = sizes[position]
+        count = emitter.size(dim).text
+        if block > 1:
+            count = f"tl.cdiv({count}, {block})"
+        lines.append(f"{names[position]} = program % {count}")
+        lines.append(f"program = program // {count}")
+    return [*lines, f"{names[0]} = program"]
+
+
+# -- arguments ---------------------------------------------------------------------------------------
+
+
+def _arguments(emitter: Emitter, text: str) -> list[tuple[str | int, ...]]:
+    """The run-time arguments that the text uses."""
+    words = set(re.findall(r"\w+", text))
+    found: list[tuple[str | int, ...]] = []
+    for number, param in enumerate(emitter.function.params):
+        if not param.is_view:
+            if emitter.pinned[param.value].text in words:
+                found.append(("scalar", number))
+            continue
+        if f"{param.name}_ptr" in words:
+            found.append(("pointer", number))
+        found += [("stride", number, axis) for axis in range(param.value.type.rank)
+                  if f"{param.name}_s{axis}" in words]
+    return found + [("size", number) for number, size in enumerate(emitter.function.sizes) if size in words]
+
+
+def _argument_name(function: ir.Function, argument: tuple[str | int, ...]) -> str:
+    kind, number = argument[0], int(argument[1])
+    if kind == "size":
+        return function.sizes[number]
+    name = function.params[number].name
+    return {"scalar": name, "pointer": f"{name}_ptr"}.get(str(kind), f"{name}_s{argument[-1]}")

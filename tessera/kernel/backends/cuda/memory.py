@@ -1,0 +1,135 @@
+"""Rules of the operations on memory: load, gather, store, scatter, atomic_add.
+
+A view is resolved to its parameter and one index an axis of it; the address is the parameter's pointer plus
+index times stride, scalars first, so that they are added once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tessera.kernel import ir
+from tessera.kernel.backends.cuda.emit import Emitter, Rule, at_most
+from tessera.kernel.backends.cuda.rules import through_spec
+from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
+from tessera.types import int4
+
+
+def param_of(view: ir.Value) -> ir.Value:
+    """The parameter whose memory a view shows."""
+    while view.op is not None:
+        view = view.op.operands[0]
+    return view
+
+
+def resolve(emitter: Emitter, view: ir.Value, indices: Sequence[Index]) -> tuple[ir.Param, list[Index]]:
+    """A parameter and the indices into it behind the indices into a view of it."""
+    while view.op is not None:
+        indices = through_spec(emitter, view.op, indices)
+        view = view.op.operands[0]
+    param = next(p for p in emitter.function.params if p.value is view)
+    return param, list(indices)
+
+
+def address(emitter: Emitter, param: ir.Param, indices: Sequence[Index]) -> tuple[str, tuple[Axis, ...], int]:
+    """The pointer expression to the elements, its axes and depth."""
+    axes = order(indices)
+    last = len(indices) - 1
+    terms: list[tuple[int, str]] = []
+    depth = 0
+    for position, index in enumerate(indices):
+        if index.value.text == "0":
+            continue
+        text = emitter.spread(index.value, axes)
+        if param.value.type.dtype is int4 and position == last:
+            text = f"({text} // 2)"
+        if position != last or not param.unit_stride:
+            text = f"{text} * {param.name}_s{position}"
+        terms.append((len(index.axes), text))
+        depth = max(depth, index.depth)
+    terms.sort(key=lambda term: term[0])
+    return " + ".join([f"{param.name}_ptr", *(text for _, text in terms)]), axes, depth
+
+
+def in_bounds(emitter: Emitter, type_: ir.TileTy, indices: Sequence[Index]) -> Val | None:
+    """The mask of a load: what counts of the demand, and whatever keeps it inside the tensor."""
+    masks = [emitter.limits_mask(indices)]
+    for index, dim in zip(indices, type_.shape):
+        if not index.axes or index.guards or index.start is None or any(at_most(end, dim) for end in index.ends()):
+            continue
+        size = emitter.size(dim)
+        text = f"{index.value.text} < {size.text}"
+        masks.append(emitter.assign("inside", text, index.axes, max(index.depth, size.depth)))
+    return emitter.both(masks, order(indices))
+
+
+def load(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index]) -> Val:
+    depth = emitter.home_depth(value)
+    param, wanted = resolve(emitter, op.operands[0], indices)
+    return _load(emitter, op, value, param, wanted, depth)
+
+
+def _load(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted: Sequence[Index], depth: int) -> Val:
+    pointer, axes, at = address(emitter, param, wanted)
+    mask = in_bounds(emitter, param.value.type, wanted)
+    depth = max(depth, at)
+    zero: frozenset[tuple[Axis, object]] = frozenset()
+    text = f"tl.load({pointer})"
+    if mask is not None:
+        depth = max(depth, mask.depth)
+        text = f"tl.load({pointer}, mask={emitter.spread(mask, axes)}, other={_zero(value)})"
+        zero = frozenset(pair for index in wanted for pair in index.limits)
+    loaded = emitter.assign(value.hint or param.name, text, axes, depth, op.loc, zero)  # type: ignore[arg-type]
+    if param.value.type.dtype is not int4:
+        return loaded
+    last = wanted[-1].value
+    shift = emitter.spread(last, axes)
+    nibble = f"((({loaded.text} >> ({shift} % 2 * 4).to(tl.uint8)) & 15) ^ 8).to(tl.int8) - 8"
+    if not last.axes:
+        nibble = f"tl.cast((({loaded.text} >> ({shift} % 2 * 4)) & 15) ^ 8, tl.int8) - 8"
+    return emitter.assign(value.hint or param.name, nibble, axes, max(depth, last.depth), op.loc)
+
+
+def _zero(value: ir.Value) -> str:
+    return "0.0" if value.type.dtype.is_float else "0"
+
+
+def gather(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index]) -> Val:
+    """Rows of a view: the row numbers are loaded, or computed, at the leading indices."""
+    depth = emitter.home_depth(value)
+    view, rows = op.operands
+    row = row_index(emitter, rows, indices[:rows.type.rank])
+    param, wanted = resolve(emitter, view, [row, *indices[rows.type.rank:]])
+    return _load(emitter, op, value, param, wanted, depth)
+
+
+def row_index(emitter: Emitter, rows: ir.Value, indices: Sequence[Index]) -> Index:
+    """An index that is itself a tile of row numbers."""
+    value = emitter.emit(rows, indices)
+    if value.axes != order(indices):
+        value = Val(emitter.filled(value, order(indices)), order(indices), value.depth)
+    if emitter.wide:
+        value = Val(f"{value.text}.to(tl.int64)" if value.axes else f"tl.cast({value.text}, tl.int64)",
+                    value.axes, value.depth)
+    limits = frozenset(pair for index in indices for pair in index.limits)
+    return Index(value, None, limits, tuple(guard for index in indices for guard in index.guards))
+
+
+def write(emitter: Emitter, op: ir.Op, x: ir.Value, param: ir.Param, wanted: Sequence[Index],
+          value: Val) -> None:
+    """Emit a store, or an atomic addition, of an emitted value at indices of a parameter."""
+    pointer, axes, _ = address(emitter, param, wanted)
+    mask = emitter.limits_mask(wanted)
+    if not axes and value.axes:
+        raise emitter.unsupported(op, "every element would be written to one place")
+    text = emitter.filled(value, axes) if axes else value.text
+    if op.name == "store" and not value.axes:
+        text = value.text  # tl.store broadcasts a scalar
+    condition = f", mask={emitter.filled(mask, axes)}" if mask is not None else ""
+    call = "tl.atomic_add" if op.name == "atomic_add" else "tl.store"
+    if call == "tl.atomic_add" and axes and not value.axes:
+        text = f"tl.full({emitter.shape(axes)}, {value.text}, {param.name}_ptr.dtype.element_ty)"
+    emitter.scopes.line(f"{call}({pointer}, {text}{condition})", op.loc)
+
+
+RULES: dict[str, Rule] = {"load": load, "gather": gather}

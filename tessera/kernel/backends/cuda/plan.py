@@ -1,0 +1,157 @@
+"""How a function is split into launches, and a launch into programs.
+
+A launch is a `grid`, or a run of stores that stand outside of any. Each program takes one iteration of the
+grid and, of each tile that is stored, one block of the axes that can be computed apart; an axis that the
+value is reduced along stays whole, or is looped over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tessera.errors import UnsupportedError
+from tessera.kernel import ir
+from tessera.kernel.backends.cuda import memory
+from tessera.kernel.backends.cuda.contract import by_blocks
+from tessera.kernel.backends.cuda.control import has_effects
+from tessera.kernel.backends.cuda.emit import MAX_TILE, Emitter
+from tessera.kernel.backends.cuda.values import next_power_of_2
+from tessera.kernel.dims import Dim
+
+WRITES = ("store", "atomic_add", "scatter")
+ELEMENTS = 1024  # of an elementwise program
+ROW_ELEMENTS = 2048  # of a program that reduces rows
+
+
+@dataclass
+class Segment:
+    """One launch: the grids that give its programs, the block that holds its effects, and those effects."""
+
+    grids: list[ir.Op]
+    body: ir.Block
+    effects: list[ir.Op]
+
+
+def segments(function: ir.Function) -> list[Segment]:
+    """The launches of a function, in order."""
+    found: list[Segment] = []
+    for op in function.body.ops:
+        if op.name == "grid":
+            found.append(_flattened(op, _known_names(function)))
+        elif op.name in WRITES or op.name in ("print", "assert") or (op.name in ir.CONTROL and has_effects(op)):
+            last = found[-1] if found else None
+            if last is not None and not last.grids and _share(last.effects[0], op):
+                last.effects.append(op)
+            else:
+                found.append(Segment([], function.body, [op]))
+    _check_order(function, found)
+    return found
+
+
+def _share(first: ir.Op, op: ir.Op) -> bool:
+    """Whether two top-level effects can be written by the same programs."""
+    return first.name == op.name == "store" and first.operands[1].type.shape == op.operands[1].type.shape
+
+
+def _known_names(function: ir.Function) -> set[str]:
+    return {*function.sizes, *(p.value.name for p in function.params if not p.is_view)}
+
+
+def launch_dim(count: ir.Value, known: set[str]) -> bool:
+    """Whether the host can work out a grid's size."""
+    return count.expr is not None and {atom.partition("/")[0] for atom in count.expr.atoms} <= known
+
+
+def _flattened(grid: ir.Op, known: set[str]) -> Segment:
+    """A grid together with grids that are all that it holds."""
+    for count in grid.operands:
+        if not launch_dim(count, known):
+            raise UnsupportedError(
+                f"{grid.loc or 'grid'}: cuda: the size of a launch grid must follow from sizes and int arguments")
+    grids, body = [grid], grid.regions[0]
+    while True:
+        effects = [op for op in body.ops if op.name in ir.EFFECTS or (op.name in ir.CONTROL and has_effects(op))]
+        effects = [op for op in effects if op.name != "yield"]
+        if len(effects) != 1 or effects[0].name != "grid" or not all(launch_dim(n, known) for n in effects[0].operands):
+            return Segment(grids, body, effects)
+        grids.append(effects[0])
+        body = effects[0].regions[0]
+
+
+def _check_order(function: ir.Function, found: list[Segment]) -> None:
+    """A value that was loaded before another launch overwrites its memory cannot be loaded after it."""
+    place = {id(op): number for number, op in enumerate(function.body.ops)}
+    written: dict[ir.Value, int] = {}
+    for segment in found:
+        top = segment.grids[0] if segment.grids else segment.effects[0]
+        for value in _sources([*segment.grids, *segment.effects]):
+            op = value.op
+            if op is not None and op.name in ("load", "gather") and id(op) in place:
+                param = memory.param_of(op.operands[0])
+                if written.get(param, -1) > place[id(op)]:
+                    raise UnsupportedError(f"{op.loc or 'load'}: cuda: the tile is used after its memory was written")
+        for op in ir.walk(ir.Block(ops=[*segment.grids[:1], *segment.effects])):
+            if op.name in WRITES:
+                written[memory.param_of(op.operands[0])] = place[id(top)]
+
+
+def _sources(ops: list[ir.Op]) -> set[ir.Value]:
+    """Every value that operations depend on."""
+    seen: set[ir.Value] = set()
+    stack = [v for op in ir.walk(ir.Block(ops=list(ops))) for v in op.operands]
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.op is not None:
+            stack += [v for op in ir.walk(ir.Block(ops=[value.op])) for v in op.operands]
+    return seen
+
+
+# -- blocks of the stored axes -----------------------------------------------------------------------
+
+
+def program_blocks(emitter: Emitter, segment: Segment) -> list[int]:
+    """For each axis of the stored tiles, the elements that a program takes; 0: all of them."""
+    first = segment.effects[0]
+    if any(op.name not in WRITES or op.operands[-1].type.shape != first.operands[-1].type.shape
+           or op.operands[-1].type.valid != first.operands[-1].type.valid for op in segment.effects):
+        return []
+    x = first.operands[-1]
+    rank = x.type.rank
+    values = _sources(segment.effects)
+    free = [all(by_blocks(emitter, op.operands[-1], axis) for op in segment.effects) for axis in range(rank)]
+    matrices = [v for v in values if v.op is not None and v.op.name == "mma"]
+    if matrices and segment.grids:
+        return []  # the program's own grid and tiles fit its matrices
+    reduced = {v.op.operands[0].type.shape[v.op.attrs["axis"]] for v in values
+               if v.op is not None and v.op.name in ("reduce", "scan", "sort")}
+    blocks = _matrix_blocks(emitter, x, reduced) if matrices else _row_blocks(emitter, x, reduced)
+    return [size if can else 0 for size, can in zip(blocks, free)]
+
+
+def _matrix_blocks(emitter: Emitter, x: ir.Value, reduced: set[Dim]) -> list[int]:
+    """Tiles of BM x BN; fewer rows than a tile take a smaller one, so that more programs share the columns."""
+    schedule, shape = emitter.function.schedule, x.type.shape
+    if len(shape) < 2 or shape[-1] in reduced:
+        return [*([1] * (len(shape) - 2)), *([16, 0][-len(shape):])]
+    rows = emitter.bound(shape[-2]) or 128
+    bm = int(schedule.get("BM", max(16, min(rows, 128))))
+    bn = int(schedule.get("BN", 128 if bm >= 64 else 64))
+    return [*([1] * (len(shape) - 2)), next_power_of_2(bm), next_power_of_2(bn)]
+
+
+def _row_blocks(emitter: Emitter, x: ir.Value, reduced: set[Dim]) -> list[int]:
+    """Inner axes first, up to the elements of a program; reduced axes stay whole and take their share of it."""
+    room = ROW_ELEMENTS if reduced else ELEMENTS
+    for dim in reduced:
+        room //= min(emitter.bound(dim) or MAX_TILE, MAX_TILE)
+    blocks = [0] * x.type.rank
+    for axis in range(x.type.rank - 1, -1, -1):
+        if x.type.shape[axis] in reduced:
+            continue
+        size = emitter.bound(x.type.shape[axis]) if room > 1 else None
+        blocks[axis] = max(1, min(room, size or room))
+        room //= blocks[axis]
+    return blocks
