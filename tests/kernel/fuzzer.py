@@ -517,7 +517,7 @@ class Maker:
 
     def loop(self) -> Node | None:
         """A carried tile, joined in every iteration with a row of an input or with something from outside."""
-        start = self.number(lambda n: n.dtype in (ts.f32, ts.int32))
+        start = self.number(lambda n: n.type.rank and n.dtype in (ts.f32, ts.int32))
         if start is None:
             return None
         start = self.small(start, 4.0)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tessera.kernel import ir
+from tessera.kernel.backends import interp_math
 
 from . import fuzzer
 
@@ -63,3 +64,24 @@ def test_the_fuzzer_uses_every_kind_of_operation():
     wanted = ir.ELEMENTWISE | ir.BITWISE | {"for", "if", "grid"} | set(
         "const dim iota reduce scan sort mma slice extract insert concat reshape transpose broadcast view load".split())
     assert wanted - seen == set()
+
+
+MUTATIONS = {
+    "max is min": (interp_math.BINARY, "max", torch.minimum),
+    "a sum forgets its last element": (interp_math, "lane_sum", lambda x: x[..., :-1].sum(-1)),
+    "fma rounds to bf16": (interp_math, "fma", lambda x, y, z: (x * y + z).bfloat16().to(x.dtype)),
+    "a cumsum runs backwards": (interp_math, "scan", lambda kind, x, axis: x.flip(axis).cumsum(axis).to(x.dtype)),
+    "a sort is unstable": (interp_math, "sort", lambda x, axis, down: (
+        (s := torch.sort(x.double().flip(axis), dim=axis, descending=down, stable=True)).values.to(x.dtype),
+        (x.shape[axis] - 1 - s.indices).int())),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_fuzzer_finds_a_broken_backend(name, monkeypatch):
+    owner, key, broken = MUTATIONS[name]
+    (monkeypatch.setitem if isinstance(owner, dict) else monkeypatch.setattr)(owner, key, broken)
+    monkeypatch.setitem(globals(), "BACKENDS", ["interp"])
+    cases = (fuzzer.make(Random(seed)) for seed in range(150))
+    with pytest.raises(AssertionError, match="interp, out"):
+        all(check(case) is None for case in cases)

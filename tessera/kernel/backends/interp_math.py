@@ -22,9 +22,15 @@ LANES = 64  # partial sums of a reduction over the last axis
 CHAIN_LIMIT = 1 << 27  # multiply-adds up to which `mma` follows the fused chain exactly
 _LOW = 0xFFFFFFFF
 
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded: torch's own f32 root may be one bit off (MKL)."""
+    return torch.sqrt(x.double()).to(x.dtype)
+
+
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp, "exp2": torch.exp2, "expm1": torch.expm1, "log": torch.log, "log2": torch.log2,
-    "log1p": torch.log1p, "sqrt": torch.sqrt, "rsqrt": lambda x: 1 / torch.sqrt(x), "sigmoid": torch.sigmoid,
+    "log1p": torch.log1p, "sqrt": _sqrt, "rsqrt": lambda x: 1 / _sqrt(x), "sigmoid": torch.sigmoid,
     "tanh": torch.tanh, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf, "floor": torch.floor,
     "ceil": torch.ceil, "round": torch.round, "softplus": F.softplus, "neg": torch.neg, "abs": torch.abs,
     "not": torch.logical_not,
