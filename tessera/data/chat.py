@@ -13,6 +13,7 @@ up (center, format, **, ...) are not there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
@@ -65,25 +66,25 @@ class _Budget:
         """Spend the size of `value`: characters of strings, items of containers."""
         if isinstance(value, str):
             self.spend(1 + len(value))
-        elif isinstance(value, (list, tuple, dict, Namespace)):
+        elif isinstance(value, (list, tuple, dict)):
             if depth == _MAX_DEPTH:
                 raise SecurityError(f"a value is nested deeper than {_MAX_DEPTH}")
-            self.spend(1 + len(value) if not isinstance(value, Namespace) else 1)
+            self.spend(4)
             if isinstance(value, dict):
-                for key in value:
-                    self.read(key, depth + 1)
-            for item in value.values() if isinstance(value, dict) else () if isinstance(value, Namespace) else value:
+                self.read(list(value), depth)
+                value = value.values()
+            for item in value:
                 self.read(item, depth + 1)
         elif isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
             raise SecurityError(f"an integer has more than {_MAX_INT_BITS} bits")
         else:
-            self.spend(1)
+            self.spend(4)
 
 
 _budget: ContextVar[_Budget] = ContextVar("budget")
 
 
-def _metered(function: Callable[..., Any]) -> Callable[..., Any]:
+def _metered(function: Any) -> Callable[..., Any]:
     """A filter or test that spends what it reads, and what it makes where that is a value already."""
 
     @wraps(function)
@@ -177,9 +178,18 @@ class _TemplateNamespace(Namespace):
             raise SecurityError(f"namespace attribute {name!r}")
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"  # not its values, of which it may hold any number
+
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    if re.search(r"%[^A-Za-z%-]", pattern) or len(pattern) > 256:  # "%99999999d" would be padded to that width
+        raise SecurityError(f"strftime_now({pattern[:40]!r})")
+    return datetime.now().strftime(pattern)
 
 
 class _Generation(Extension):
@@ -209,6 +219,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         result = self.binop_table[operator_](left, right)
         budget.read(result)
         return result
+
+    def wrap_str_format(self, value: Any) -> None:
+        """The sandbox's own way to allow str.format, which bounds no widths."""
+        if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(
+                getattr(value, "__self__", None), str):
+            raise SecurityError("str.format is not available")
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
@@ -245,7 +261,7 @@ def _environment() -> _Environment:
     env.tests = {name: _metered(test) for name, test in env.tests.items()}
     env.globals = {
         "range": _range, "dict": dict, "namespace": _TemplateNamespace, "raise_exception": _raise_exception,
-        "strftime_now": lambda pattern: datetime.now().strftime(str(pattern)[:64])}
+        "strftime_now": _strftime_now}
     return env
 
 
@@ -255,7 +271,7 @@ _ENVIRONMENT = _environment()
 def _meter(tree: nodes.Template) -> nodes.Template:
     """Have the parts of a template that run without a filter, call or operator spend their cost too."""
 
-    def wrap(node: nodes.Expr, name: str = "_read") -> nodes.Filter:
+    def wrap(node: Any, name: str = "_read") -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
     slices = [node for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Slice)]
