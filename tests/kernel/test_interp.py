@@ -1,5 +1,7 @@
 """The interpreter's shapes, memory, control flow and errors, through hand-built IR."""
 
+import sys
+
 import pytest
 import torch
 
@@ -332,12 +334,23 @@ def test_assert_and_print(capsys):
     x = program.load(program.tensor("x", [2], ts.f32))
     grid = program.grid(program.const(2))
     with program.inside(grid):
-        program.emit("print", [x], text="x is")
+        program.emit("print", [x], text="x is {}")
     program.emit("assert", [program.binary("gt", x, program.const(1.5))], text="x must exceed 1.5")
     with pytest.raises(LaunchError, match=r"assert: x must exceed 1\.5"):
         program.run(numbers(2))
     assert capsys.readouterr().out.splitlines() == [
-        f"made.py:1: program ({i},): x is f32[2] = tensor([1., 2.])" for i in range(2)]
+        f"made.py:1: program ({i},): x is tensor([1., 2.])" for i in range(2)]
+
+
+def test_breakpoint_shows_the_kernels_variables(monkeypatch):
+    program = Program()
+    x = program.load(program.tensor("x", [2], ts.f32))
+    x.hint = "x_tile"
+    program.emit("print", [], text="", breakpoint=True)
+    seen = []
+    monkeypatch.setattr(sys, "breakpointhook", lambda: seen.append(sys._getframe(1).f_locals))
+    program.run(numbers(2))
+    assert torch.equal(seen[0]["tiles"]["x_tile"], numbers(2)) and seen[0]["place"] == "made.py:1:"
 
 
 def test_arguments_that_do_not_fit():

@@ -16,7 +16,7 @@ first is taken to hold the caller's values.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,8 +63,7 @@ class Compiled:
             for param, arg in bound:
                 if not param.is_view:
                     run.assign(param.value, torch.as_tensor(arg).to(param.value.type.dtype.torch))
-            tensors = [(param, arg) for param, arg in bound if param.is_view]
-            run.bind_tensors([p for p, _ in tensors], [t for _, t in tensors], self._first_access)
+            run.bind_tensors([(p, arg) for p, arg in bound if isinstance(arg, Tensor)], self._first_access)
             run.block(self.function.body)
 
 
@@ -90,6 +89,7 @@ class _Run:
     def __init__(self, sizes: dict[str, int]) -> None:
         self.numbers = sizes  # named sizes and every int scalar: what dims are made of
         self.tiles: dict[str, Slot] = {}
+        self.named: dict[str, str] = {}  # the user's variables: the SSA names that they stand for now
         self.views: dict[str, View] = {}
         self.memories: list[Memory] = []
         self.programs = Programs()
@@ -122,6 +122,8 @@ class _Run:
         if x.dtype != dtype:
             raise AccessError(f"the tile holds {x.dtype} where its type is {value.type}")
         self.tiles[value.name] = (x, undefined if undefined is not None and undefined.any() else None)
+        if value.hint:
+            self.named[value.hint] = value.name
         if not extents and value.type.dtype.is_int:
             self.numbers[value.name] = int(x)
 
@@ -136,10 +138,10 @@ class _Run:
             raise AccessError(f"{value.hint or 'the tile'} is read before all of it has been written")
         return x
 
-    def bind_tensors(self, params: Sequence[ir.Param], tensors: Sequence[Tensor], first: dict[str, str]) -> None:
+    def bind_tensors(self, bound: Sequence[tuple[ir.Param, Tensor]], first: dict[str, str]) -> None:
         """Make each tensor the memory of its parameter. Parameters on the same memory share its history."""
         groups: dict[tuple[Any, ...], list[tuple[ir.Param, Tensor]]] = {}
-        for param, tensor in zip(params, tensors):
+        for param, tensor in bound:
             data = self._checked(param, tensor)
             key = (data.data_ptr(), data.shape, data.stride(), data.dtype) if data.numel() else (param.name,)
             groups.setdefault(key, []).append((param, data))
@@ -187,7 +189,7 @@ class _Run:
         elif op.name in math.UNARY:
             self.assign(op.result, math.UNARY[op.name](self.tile(op.operands[0])))
         elif op.name in math.BINARY or op.name == "fma":
-            function = math.BINARY.get(op.name, math.fma)
+            function: Callable[..., Tensor] = math.BINARY.get(op.name, math.fma)
             self.assign(op.result, function(*self._together(op)))
         else:
             getattr(self, f"_{op.name}")(op)
@@ -209,8 +211,8 @@ class _Run:
 
     def _where(self, op: ir.Op, tensors: list[Tensor]) -> Tensor:
         extents = self.extents(op.result.type)
-        condition = self.tile(op.operands[0])
-        return torch.where(*(_cut(t, extents) for t in (condition, *tensors[1:])))
+        condition, x, y = (_cut(t, extents) for t in (self.tile(op.operands[0]), *tensors[1:]))
+        return torch.where(condition, x, y)
 
     def _broadcast(self, op: ir.Op, tensors: list[Tensor]) -> Tensor:
         x, = tensors
@@ -404,13 +406,23 @@ class _Run:
         self._pass(op.results, self.block(taken))
 
     def _print(self, op: ir.Op) -> None:
-        program = f" program {tuple(self.coordinates)}:" if self.coordinates else ""
-        shown = [f"{value.hint or value.type} = {self.tiles[value.name][0]}" for value in op.operands]
-        print(f"{op.loc or 'kernel'}:{program}", op.attrs.get("text") or "", *shown)
+        place = f"{op.loc or 'kernel'}:" + (f" program {tuple(self.coordinates)}:" if self.coordinates else "")
+        if op.attrs.get("breakpoint"):
+            stop({name: self.tiles[value][0] for name, value in self.named.items()}, place)
+            return
+        text = op.attrs.get("text") or ""
+        for value in op.operands:
+            text = text.replace("{}", str(self.tiles[value.name][0]), 1)
+        print(place, text)
 
     def _assert(self, op: ir.Op) -> None:
         if not self.tile(op.operands[0]).all():
             raise AccessError(op.attrs.get("text") or "the condition does not hold")
+
+
+def stop(tiles: dict[str, Tensor], place: str) -> None:
+    """Enter the debugger at a kernel's `breakpoint()`: `tiles` holds the kernel's variables by name."""
+    breakpoint()
 
 
 def _cut(x: Tensor, extents: Sequence[int]) -> Tensor:
