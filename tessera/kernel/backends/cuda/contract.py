@@ -270,20 +270,7 @@ def _over_whole_axis(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequ
                 emitter.scopes.keep((key, number), result)
         tensor = emitter.scopes.find((key, op.results.index(value)))
         assert tensor is not None
-    if wanted.value.text == over.value.text:
-        return tensor
-    place = tensor.axes.index(over.axes[0])
-    if not wanted.axes:
-        hit = emitter.spread(Val(f"({over.value.text} == {wanted.value.text})", over.axes), tensor.axes)
-        text = f"tl.sum(tl.where({hit}, {tensor.text}, 0), axis={place}).to({TRITON_TYPE[value.type.dtype.name]})"
-        axes = tuple(a for a in tensor.axes if a is not over.axes[0])
-        return emitter.assign(value.hint or "element", text, axes, max(tensor.depth, wanted.depth), op.loc)
-    if len(wanted.axes) > 1 or wanted.axes[0] in outer:
-        raise emitter.unsupported(op, "its result is read at elements that cannot be picked from registers")
-    axes = tuple(wanted.axes[0] if a is over.axes[0] else a for a in tensor.axes)
-    at = emitter.filled(wanted.value, axes)
-    text = f"tl.gather({tensor.text}, ({at}).to(tl.int32), axis={place})"
-    return emitter.assign(value.hint or "part", text, axes, max(tensor.depth, wanted.depth), op.loc)
+    return emitter.picked(value, tensor, own, [*rest[:axis], wanted, *rest[axis:]])
 
 
 # -- mma ---------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from tessera.kernel import ir
 from tessera.kernel.backends.cuda import memory
 from tessera.kernel.backends.cuda.contract import by_blocks
 from tessera.kernel.backends.cuda.emit import MAX_SINGLE, MAX_TILE, TRITON_TYPE, Emitter, Rule, axis_name
+from tessera.kernel.backends.cuda.rules import converted
+from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
 from tessera.kernel.dims import Dim
 
@@ -175,8 +177,8 @@ def _write_at(emitter: Emitter, op: ir.Op, x: ir.Value, indices: list[Index], ax
               casts: list[ir.Value]) -> None:
     value = emitter.emit(x, indices)
     for cast in casts:
-        type_ = TRITON_TYPE[cast.type.dtype.name]
-        text = f"{value.text}.to({type_})" if value.axes else f"tl.cast({value.text}, {type_})"
+        assert cast.op is not None
+        text = converted(emitter, value, cast.op.operands[0].type.dtype, cast.type.dtype)
         value = emitter.assign(cast.hint or "cast", text, value.axes, value.depth, op.loc)
     if axis >= 0:
         indices = list(indices)
@@ -335,14 +337,17 @@ def _if(emitter: Emitter, op: ir.Op) -> None:
     depth = emitter.scopes.depth
     names = [emitter.scopes.name(result.hint or "chosen") for result in op.results]
     axes = [order(emitter.whole(result)) for result in op.results]
-    for number, region in enumerate(op.regions):
-        if number and not op.results and len(region.ops) <= 1:
-            break
-        header, loc = (f"if {condition.text}:", op.loc) if number == 0 else ("else:", None)
-        with emitter.scopes.inside(header, loc):
+    branches = []
+    for region in op.regions:
+        with emitter.scopes.aside() as lines:
             block(emitter, region)
             for name, value, result in zip(names, region.terminator.operands, op.results):
                 emitter.scopes.line(f"{name} = {_typed(emitter, value, result.type)[0]}")
+        branches.append(lines)
+    emitter.scopes.line(f"if {condition.text}:", op.loc)
+    emitter.scopes.stack[-1].lines += branches[0]
+    if branches[1:] and branches[1] != [INDENT + "pass"]:
+        emitter.scopes.stack[-1].lines += ["else:", *branches[1]]
     _leave(emitter, op, [Val(name, a, depth) for name, a in zip(names, axes)])
 
 

@@ -244,6 +244,7 @@ class Emitter:
             else:
                 text = f"tl.permute({text}, {tuple(value.axes.index(axis) for axis in placed)})"
         if len(axes) > len(placed):
+            text = text if text.isidentifier() or text.startswith("tl.") else f"({text})"
             text += "[" + ", ".join(":" if axis in value.axes else "None" for axis in axes) + "]"
         return text
 
@@ -312,29 +313,56 @@ class Emitter:
     # -- pinned tiles -------------------------------------------------------------------------------
 
     def element_of(self, value: ir.Value, tensor: Val, indices: Sequence[Index]) -> Val:
-        """A tile that is held in registers, at indices: itself, or one or more axes gathered."""
-        own = self.whole(value)
-        axes = list(tensor.axes)
-        for mine, wanted in zip(own, indices):
-            if not mine.axes or mine.value.text == wanted.value.text:
-                continue
-            axis = mine.axes[0]
-            place = axes.index(axis)
-            if not wanted.axes:
-                hit = f"{axis.offsets} == {wanted.value.text}"
-                where = self.spread(Val(f"({hit})", (axis,)), axes)
-                text = f"tl.sum(tl.where({where}, {tensor.text}, 0), axis={place})"
-                axes.pop(place)
-            elif len(wanted.axes) == 1 and wanted.axes[0] not in axes:
-                axes[place] = wanted.axes[0]
-                at = self.filled(wanted.value, axes)
-                text = f"tl.gather({tensor.text}, ({at}).to(tl.int32), axis={place})"
-            else:
-                raise UnsupportedError(
-                    f"cuda: {value.hint or value.name} is carried in registers and cannot be read at these elements; "
-                    "store it to memory first")
-            tensor = self.assign(value.hint or "part", text, tuple(axes), max(tensor.depth, wanted.depth))
-        return tensor
+        """Elements of a tile that is held in registers over its whole axes."""
+        return self.picked(value, tensor, self.whole(value), indices)
+
+    def picked(self, value: ir.Value, tensor: Val, own: Sequence[Index], wanted: Sequence[Index]) -> Val:
+        """Elements of a tensor that was computed at the indices `own`, at those that are `wanted`.
+
+        One element along an axis is a masked sum, a stretch of one axis a tl.gather; what mixes axes is
+        gathered from the flattened tensor.
+        """
+        moved = [i for i, (mine, theirs) in enumerate(zip(own, wanted))
+                 if mine.axes and mine.value.text != theirs.value.text]
+        for position in [i for i in moved if not wanted[i].axes]:
+            tensor = self._one_element(value, tensor, own[position].axes[0], wanted[position].value)
+            moved.remove(position)
+        kept = [axis for i, mine in enumerate(own) if i not in moved for axis in mine.axes if axis in tensor.axes]
+        targets = [axis for i in moved for axis in wanted[i].axes]
+        if len(targets) == len(moved) and len({*targets, *kept}) == len(targets) + len(kept):
+            for position in moved:
+                tensor = self._stretch(value, tensor, own[position].axes[0], wanted[position])
+            return tensor
+        return self._scattered(value, tensor, own, wanted)
+
+    def _one_element(self, value: ir.Value, tensor: Val, axis: Axis, at: Val) -> Val:
+        hit = self.spread(Val(f"({axis.offsets} == {at.text})", (axis,)), tensor.axes)
+        text = f"tl.sum(tl.where({hit}, {tensor.text}, 0), axis={tensor.axes.index(axis)})"
+        if value.type.dtype.bits < 32:
+            text = f"tl.cast({text}, {TRITON_TYPE[value.type.dtype.name]})"
+        axes = tuple(a for a in tensor.axes if a is not axis)
+        return self.assign(value.hint or "element", text, axes, max(tensor.depth, at.depth))
+
+    def _stretch(self, value: ir.Value, tensor: Val, axis: Axis, wanted: Index) -> Val:
+        axes = tuple(wanted.axes[0] if a is axis else a for a in tensor.axes)
+        at = self.filled(wanted.value, axes)
+        # Positions that do not count may lie outside: the mask keeps the gather inside the tensor.
+        text = f"tl.gather({tensor.text}, ({at} & {axis.size - 1}).to(tl.int32), axis={tensor.axes.index(axis)})"
+        return self.assign(value.hint or "part", text, axes, max(tensor.depth, wanted.depth))
+
+    def _scattered(self, value: ir.Value, tensor: Val, own: Sequence[Index], wanted: Sequence[Index]) -> Val:
+        sources = {mine.axes[0]: theirs.value for mine, theirs in zip(own, wanted) if mine.axes}
+        terms, step = [], 1
+        for axis in reversed(tensor.axes):
+            at = sources[axis]
+            terms.append(Val(f"({at.text} & {axis.size - 1}) * {step}", at.axes, at.depth))
+            step *= axis.size
+        texts, axes, depth = self.combine(terms, order(wanted))
+        elements = self.count(axes)
+        flat = f"tl.reshape({tensor.text}, ({step},))"
+        at_text = f"tl.reshape(tl.broadcast_to({' + '.join(texts)}, {self.shape(axes)}), ({elements},)).to(tl.int32)"
+        text = f"tl.reshape(tl.gather({flat}, {at_text}, axis=0), {self.shape(axes)})"
+        return self.assign(value.hint or "elements", text, axes, max(tensor.depth, depth))
 
     def pin(self, value: ir.Value, tensor: Val) -> None:
         """From here on the tile is this tensor, over its whole axes."""

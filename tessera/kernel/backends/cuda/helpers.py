@@ -68,6 +68,13 @@ def int_pow(a, b):
         left = left >> 1
     return result
 """,
+    # Float to int: towards zero, clamped to the type's range; NaN gives 0.
+    "saturated": """
+@triton.jit
+def saturated(x, low: tl.constexpr, high: tl.constexpr, dtype: tl.constexpr):
+    inside = tl.where((x > low) & (x < high), x, 0.0).to(dtype)
+    return tl.where(x >= high, high, tl.where(x <= low, low, inside)).to(dtype)
+""",
     # Order-preserving 32-bit integers as int64; NaN above all; flipped for a descending, still stable, sort.
     "float_key": """
 @triton.jit

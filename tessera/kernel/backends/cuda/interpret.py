@@ -128,7 +128,7 @@ def _replace_libdevice() -> None:
             tensor = x if isinstance(x, tl.tensor) else y
             a, b = (v.handle.data if isinstance(v, tl.tensor) else np.float32(v) for v in (x, y))
             data = function(a, b).astype(tensor.handle.data.dtype)
-            type_ = tl.block_type(tensor.dtype, data.shape) if data.ndim else tensor.dtype
+            type_ = tl.block_type(tensor.dtype, list(data.shape)) if data.ndim else tensor.dtype
             return tl.tensor(TensorHandle(data, tensor.handle.dtype), type_)
         return call
 

@@ -153,7 +153,9 @@ def _program_index(emitter: Emitter, x: ir.Value, axis: int, block: int,
     names.append(program)
     sizes.append((dim, block))
     if block == 1:
-        return Index(Val(program), None)
+        if limit == dim:
+            return Index(Val(program))
+        return Index(Val(program), guards=(Val(f"({program} < {emitter.size(limit).text})"),))
     text = emitter.constant(f"BLOCK_{name}", block)
     return emitter.over(emitter.new_axis(name, f"{program} * {text}", block, text, depth=0), limit)
 

@@ -13,7 +13,7 @@ from tessera.kernel import ir
 from tessera.kernel.backends.cuda.emit import TRITON_TYPE, Emitter, Rule, at_most, literal
 from tessera.kernel.backends.cuda.values import Index, Val, depth_of, order
 from tessera.kernel.dims import Dim
-from tessera.types import bool_
+from tessera.types import DType, bf16, bool_, f16, f32, fp8_e4m3, fp8_e5m2
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
          "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
@@ -95,13 +95,29 @@ def cast(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index])
     x = emitter.emit(op.operands[0], indices)
     if source.bits == 4 and target.name == "int8":
         return x  # int4 is held as int8 once it is loaded
-    if target == bool_:
-        text = f"{x.text} != 0"
-    elif not x.axes:
-        text = f"tl.cast({x.text}, {TRITON_TYPE[target.name]})"
-    else:
-        text = f"{x.text}.to({TRITON_TYPE[target.name]})"
+    text = converted(emitter, x, source, target)
     return emitter.assign(value.hint or "cast", text, x.axes, x.depth, op.loc, x.zero)
+
+
+def converted(emitter: Emitter, x: Val, source: DType, target: DType) -> str:
+    """The text of a conversion. 8-bit floats go by way of f32, which holds them exactly."""
+    def to(text: str, dtype: DType) -> str:
+        type_ = TRITON_TYPE[dtype.name]
+        return f"{text}.to({type_})" if x.axes else f"tl.cast({text}, {type_})"
+
+    text = x.text
+    for one, other in ((source, target), (target, source)):
+        if one in (fp8_e4m3, fp8_e5m2) and other not in (f32, f16, bf16):
+            text, source = to(text, f32), f32
+            break
+    if target == bool_:
+        return f"{text} != 0"
+    if source.is_float and target.is_int:
+        emitter.helpers.add("saturated")
+        low = 0 if target.kind == "uint" else -2 ** (target.bits - 1)
+        high = 2 ** (target.bits - (target.kind == "int")) - 1
+        return f"saturated({text}, {low}, {high}, {TRITON_TYPE[target.name]})"
+    return to(text, target)
 
 
 def const(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index]) -> Val:

@@ -7,15 +7,19 @@ then the parent is open at its end, which is the place just before the loop.
 
 from __future__ import annotations
 
+import builtins
+import keyword
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from tessera.kernel.backends.cuda.helpers import HELPERS
 from tessera.kernel.backends.cuda.values import Val
 from tessera.kernel.ir import Location
 
 INDENT = "    "
+RESERVED = frozenset([*dir(builtins), *keyword.kwlist, "tl", "triton", "libdevice", "program", *HELPERS])
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Scopes:
         base = "".join(c if c.isalnum() or c == "_" else "_" for c in hint).strip("_") or "v"
         base = base if not base[0].isdigit() else f"v{base}"
         name, count = base, 1
-        while name in self._names:
+        while name in self._names or name in RESERVED:
             count += 1
             name = f"{base}_{count}"
         self._names.add(name)
@@ -88,6 +92,16 @@ class Scopes:
             body = self.stack.pop().lines
             self.line(header, loc)
             self.stack[-1].lines += [INDENT + text for text in body or ["pass"]]
+
+    @contextmanager
+    def aside(self) -> Iterator[list[str]]:
+        """A new innermost scope whose lines, indented, are handed over when it is closed: a branch of an `if`."""
+        handed: list[str] = []
+        self.stack.append(Scope(loc=self.stack[-1].loc))
+        try:
+            yield handed
+        finally:
+            handed += [INDENT + text for text in self.stack.pop().lines or ["pass"]]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
