@@ -20,10 +20,12 @@ _PUBLIC: dict[str, str] = {
     **dict.fromkeys(("TesseraError", "InputError", "ShapeError", "CompileError", "LaunchError"), "tessera.errors"),
     "GPTConfig": "tessera.models.config", "RopeScaling": "tessera.ops.rotary", "GPTModel": "tessera.models.gpt",
     "KVCache": "tessera.nn.kv_cache",
+    **dict.fromkeys(("Kernel", "constexpr", "schedule"), "tessera.kernel"),
+    "load_model": "tessera.models.load", "save_model": "tessera.models.save",
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
 }
 _SUBMODULES = ("types", "errors", "env", "kernel", "ops", "nn", "dist", "models", "data", "checkpoint", "infer")
-_ALIASES = {"tokenizer": "tessera.data.tokenizer"}
+_ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub"}
 
 __all__ = sorted([*_PUBLIC, *_SUBMODULES, *_ALIASES])
 

@@ -118,6 +118,7 @@ class Value:
     op: Op | None = None  # None: a region argument or a parameter
     expr: Dim | None = None
     hint: str = ""  # the user's name for it, for messages
+    loc: Location | None = None  # where a parameter is declared; other values have their operation's
 
     def __str__(self) -> str:
         return self.name

@@ -1,0 +1,63 @@
+"""Backends: each turns a verified `ir.Function` into something that runs.
+
+A backend is a module with `compile(function) -> Compiled`. It is imported when it is first asked for:
+`cpu` needs llvmlite and `cuda` needs Triton, which a program that uses neither should not wait for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tessera.errors import UnsupportedError
+from tessera.kernel.ir import Function
+
+NAMES = ("interp", "cpu", "cuda")
+
+
+class Compiled(Protocol):
+    """A compiled specialisation. `source` is its text: LLVM IR, Triton, or the IR itself."""
+
+    source: str
+
+    def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
+        """Run with arguments in the order of `function.params`, sizes in that of `function.sizes`."""
+
+
+class Backend(Protocol):
+    """A backend's module."""
+
+    def compile(self, function: Function) -> Compiled:
+        """Compile one specialisation."""
+
+
+def get(name: str) -> Backend:
+    """The backend of a name.
+
+    Raises:
+        UnsupportedError: it is unknown, or what it stands on is not installed.
+    """
+    if name not in NAMES:
+        raise UnsupportedError(f"backend: {name!r} given; expected one of {', '.join(NAMES)}")
+    try:
+        module: Any = importlib.import_module(f"tessera.kernel.backends.{name}")
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"backend {name}: needs the package {error.name!r}, which is not installed") from None
+    if not hasattr(module, "compile"):
+        raise UnsupportedError(f"backend {name}: cannot compile in this version")
+    return module
+
+
+def for_device(device: str) -> str:
+    """The backend that runs on a torch device type.
+
+    Raises:
+        UnsupportedError: none does.
+    """
+    if device == "cpu":
+        module = importlib.import_module("tessera.kernel.backends.cpu")
+        return "cpu" if hasattr(module, "compile") else "interp"
+    if device == "cuda":
+        return "cuda"
+    raise UnsupportedError(f"device {device!r}: no backend; expected cpu or cuda")

@@ -1,0 +1,140 @@
+"""Generates the launch function of a signature: checks, sizes and look-up in a few microseconds.
+
+In: a `Signature`. Out: a Python function with the kernel's own parameters and defaults, which reads each
+tensor's shape once, checks every named size, builds the specialisation's key, finds the compiled kernel
+and runs it. Whatever goes wrong leads to `slow`, which says what is wrong or compiles.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tessera.kernel.dims import Dim, Term, split_fraction
+from tessera.kernel.signature import EMPTY, Parameter, Signature, scalar_argument
+from tessera.types import int4
+
+# os.environ.get costs a microsecond for its encoding; the mapping under it holds what it would return.
+_environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+_BACKEND = b"TESSERA_BACKEND" if getattr(os.environ, "_data", None) is not None and os.name != "nt" else "TESSERA_BACKEND"
+
+
+def make_launcher(signature: Signature, table: dict[Any, Callable[..., None]], slow: Callable[..., Any],
+                  empty: Callable[..., None]) -> Callable[..., None]:
+    """The launch function.
+
+    Args:
+        table: specialisation key -> compiled kernel.
+        slow: (arguments, key) -> compiled kernel; raises what is wrong, or compiles and fills the table.
+        empty: (compiled, arguments, sizes) -> None, called when a size is 0.
+    """
+    space: dict[str, Any] = {"_table": table, "_slow": slow, "_empty": empty, "_environment": _environment.get}
+    exec(compile(source_text(signature, space), f"<launch of {signature.name}>", "exec"), space)
+    return space["launch"]
+
+
+def source_text(signature: Signature, space: dict[str, Any]) -> str:
+    """The launch function's source; objects that it names are put into `space`."""
+    tiles = signature.tiles
+    variables = {name: f"_s{i}" for i, name in enumerate(signature.sizes)}
+    lines = [f"def launch({', '.join(_parameter(p, space) for p in signature.parameters)}):", "    _key = None", "    try:"]
+    lines += [line for p in tiles for line in _shape_lines(p, len(signature.dims[p.name]))]
+    for step in signature.steps:
+        n = _axis(step.parameter, step.axis)
+        if step.rest.terms or step.factor != Dim.of(1) or step.times != 1:
+            n = f"({n} - ({code(step.rest, variables)})) * {step.times} // ({code(step.factor, variables)})"
+        lines.append(f"        {variables[step.name]} = {n}")
+    lines += _check_lines(signature, variables)
+    lines += _device_lines(tiles)
+    for i, p in enumerate(signature.parameters):
+        if p.kind in ("float", "int"):
+            space[f"_p{i}"], space["_scalar"] = p, scalar_argument
+            name = identifier(p.name)
+            lines.append(f"        if {name}.__class__ is not {p.kind}: "
+                         f"{name} = _scalar({signature.name!r}, _p{i}, {name})")
+    run_time = _tuple([identifier(p.name) for p in signature.parameters if p.kind != "constant"])
+    lines += [f"        _key = {_key(signature)}", "        _run = _table[_key]", "    except Exception:",
+              f"        _run = _slow({_tuple([identifier(p.name) for p in signature.parameters])}, _key)",
+              f"    _sizes = {_tuple(list(variables.values()))}"]
+    if signature.sizes:
+        lines += ["    if 0 in _sizes:", f"        return _empty(_run, {run_time}, _sizes)"]
+    lines.append(f"    _run({run_time}, _sizes)")
+    return "\n".join(lines) + "\n"
+
+
+def identifier(name: str) -> str:
+    """A parameter's name in the generated code: tensors of `self` have dots in theirs."""
+    return name.replace(".", "__")
+
+
+def code(dim: Dim, variables: Mapping[str, str]) -> str:
+    """Python source of a size."""
+
+    def atom(a: str | Term) -> str:
+        if isinstance(a, Term):
+            left, right = code(a.left, variables), code(a.right, variables)
+            return f"{a.op}({left}, {right})" if a.op in ("min", "max") else f"(({left}) {a.op} ({right}))"
+        name, divisor = (a, 1) if a in variables else split_fraction(a)
+        return variables[name] if divisor == 1 else f"({variables[name]} // {divisor})"
+
+    parts = []
+    for monomial, factor in dim.terms:
+        names = [atom(a) for a in monomial]
+        parts.append(" * ".join(names if factor == 1 and names else [str(factor), *names]))
+    return " + ".join(parts) or "0"
+
+
+def _parameter(p: Parameter, space: dict[str, Any]) -> str:
+    if p.default is EMPTY:
+        return identifier(p.name)
+    space[f"_default_{p.name}"] = p.default
+    return f"{identifier(p.name)}=_default_{p.name}"
+
+
+def _axis(parameter: str, axis: int) -> str:
+    return f"_{identifier(parameter)}_{axis}"
+
+
+def _tuple(items: list[str]) -> str:
+    return "(" + "".join(f"{item}, " for item in items) + ")"
+
+
+def _shape_lines(p: Parameter, rank: int) -> list[str]:
+    targets = "".join(f"{_axis(p.name, axis)}, " for axis in range(rank)) or "() "
+    lines = [f"        {targets.rstrip()} = {identifier(p.name)}.shape"]
+    if p.dtype == int4:
+        lines.append(f"        {_axis(p.name, rank - 1)} *= 2")
+    return lines
+
+
+def _check_lines(signature: Signature, variables: Mapping[str, str]) -> list[str]:
+    trivial = {(s.parameter, s.axis) for s in signature.steps if not s.rest.terms and s.factor == Dim.of(1) and s.times == 1}
+    checks = [f"{_axis(p.name, axis)} != {code(dim, variables)}" for p in signature.tiles
+              for axis, dim in enumerate(signature.dims[p.name]) if (p.name, axis) not in trivial]
+    checks += [f"{variables[base]} % {divisor}" for base, divisor in signature.divisors.items()]
+    checks += [f"{variables[s.name]} < 0" for s in signature.steps if s.rest.terms]
+    return [f"        if {' or '.join(checks)}: raise ValueError"] if checks else []
+
+
+def _device_lines(tiles: list[Parameter]) -> list[str]:
+    first, *others = [identifier(p.name) for p in tiles]
+    lines = [f"        _device = {first}.is_cpu or {first}.device"]
+    if others:
+        same_cpu = " and ".join(f"{name}.is_cpu" for name in others)
+        same_device = " and ".join(f"{name}.device == _device" for name in others)
+        lines.append(f"        if not ({same_cpu} if _device is True else {same_device}): raise ValueError")
+    return lines
+
+
+def _key(signature: Signature) -> str:
+    parts = []
+    for p in signature.parameters:
+        name = identifier(p.name)
+        if p.kind == "tile":
+            parts.append(f"{name}.dtype")
+            if signature.dims[p.name]:
+                parts.append(f"{name}.is_contiguous() or {name}.stride(-1) == 1")
+        elif p.kind == "constant":
+            parts += [name, f"{name}.__class__"]
+    return _tuple([*parts, "_device", f"_environment({_BACKEND!r})"])

@@ -1,0 +1,70 @@
+"""Compile errors with file, line, caret and the lines where the operands were made.
+
+In: a message, the place of the offending expression and the operands of a broken rule. Out: a
+`CompileError` whose text is
+
+    model.py:12: mma: inner dims differ: q: bf16[S, D] x k: bf16[S, D]: D against S
+        s = tile.mma(q, k)
+            ^^^^^^^^^^^^^^
+    note: q is bf16[S, D], made at line 9: q = tile.load(Q)
+
+The frontend and the verifier raise these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from tessera.errors import CompileError
+from tessera.kernel.ir import Location, TileTy, Value, ViewTy
+
+
+class InternalCompilerError(CompileError):
+    """The compiler made IR that breaks its own rules: a bug in Tessera, not in the kernel."""
+
+
+def compile_error(message: str, loc: Location | None, operands: Sequence[Value] = (),
+                  callers: Sequence[Location] = (), notes: Sequence[str] = ()) -> CompileError:
+    """The error to raise; `callers` are the calls, outermost first, that were inlined to get to `loc`."""
+    lines = [f"{loc}: {message}" if loc else message]
+    if loc is not None:
+        lines += _excerpt(loc)
+    lines += [f"note: {text}" for text in _dedupe(_origin(value, loc) for value in operands)]
+    lines += [f"note: {text}" for text in notes]
+    lines += [f"note: called from {caller}: {caller.text.strip()}" for caller in reversed(callers)]
+    return CompileError("\n".join(lines))
+
+
+def _excerpt(loc: Location) -> list[str]:
+    text = loc.text.rstrip()
+    lead = len(text) - len(text.lstrip())
+    width = max(1, min(loc.end_column, len(text)) - loc.column)
+    return ["    " + text[lead:], "    " + " " * max(0, loc.column - lead) + "^" * width]
+
+
+def _origin(value: Value, here: Location | None) -> str | None:
+    """Where an operand comes from; None when it was made by the offending expression itself."""
+    what = f"{value.hint or 'this operand'} is {_type_text(value.type)}"
+    loc = value.op.loc if value.op is not None else value.loc
+    if loc is None:
+        return what if value.hint else None
+    if here is not None and (loc.file, loc.line, loc.column) == (here.file, here.line, here.column):
+        return None
+    place = f"line {loc.line}" if here is not None and loc.file == here.file else str(loc)
+    verb = "declared" if value.op is None else "made"
+    return f"{what}, {verb} at {place}: {loc.text.strip()}"
+
+
+def _type_text(type_: TileTy) -> str:
+    return str(type_)[1:] if isinstance(type_, ViewTy) else str(type_)
+
+
+def _dedupe(items: Iterable[str | None]) -> list[str]:
+    return [item for item in dict.fromkeys(items) if item is not None]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'exp'?" or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,66 @@
+"""`@ts.schedule(tile={"BM": 128, "BN": 128, "BK": 32}, warps=8, pipeline=True)`: block sizes and options by hand.
+
+In: options by name. Out: one flat mapping that travels in `ir.Function.schedule`: the kernel reads its
+block sizes from it (`ctx.block_m` is "BM"), the passes and backends the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tessera.errors import InputError
+
+OPTIONS = ("tile", "warps", "stages", "pipeline", "split_k", "vectorize", "unroll", "threads")
+_MAX_BLOCK = 1 << 16
+
+
+def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping of a schedule's options; block sizes of `tile` stand beside them.
+
+    Raises:
+        InputError: an option is unknown or has no usable value.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "tile":
+            if not isinstance(value, Mapping):
+                raise InputError(f"schedule: tile={value!r} given; expected a mapping such as {{'BM': 128}}")
+            flat.update({key: _block(key, size) for key, size in value.items()})
+        elif name in OPTIONS:
+            if not isinstance(value, (bool, int, str)):
+                raise InputError(f"schedule: {name}={value!r} given; expected an int, a bool or a name")
+            flat[name] = value
+        elif name.isupper():
+            flat[name] = _block(name, value)
+        else:
+            raise InputError(f"schedule: {name!r} is not an option; expected {', '.join(OPTIONS)} or a block size such as BM")
+    return flat
+
+
+def _block(name: Any, size: Any) -> int:
+    if not isinstance(name, str) or not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= _MAX_BLOCK:
+        raise InputError(f"schedule: block size {name}={size!r} given; expected 1 to {_MAX_BLOCK}")
+    return size
+
+
+def schedule(**options: Any) -> Callable[[Any], Any]:
+    """Fix a kernel's schedule; stands above or below `@ts.kernel`.
+
+    Args:
+        options: `tile`, a mapping of block sizes ("BM", "BN", "BK"), and `warps`, `stages`, `pipeline`, ...
+
+    Raises:
+        InputError: an option is unknown.
+    """
+    flat = flatten(options)
+
+    def apply(target: Any) -> Any:
+        if hasattr(target, "__tile_kernel__"):
+            return target.with_schedule(**options)
+        if not callable(target):
+            raise InputError(f"schedule: {target!r} given; expected a kernel or a function")
+        target.__tile_schedule__ = {**getattr(target, "__tile_schedule__", {}), **flat}
+        return target
+
+    return apply
