@@ -25,6 +25,15 @@ class Term:
     left: Dim
     right: Dim
 
+    def value(self, sizes: Mapping[str, int]) -> int:
+        """The number it is at the given sizes."""
+        left, right = self.left.value(sizes), self.right.value(sizes)
+        if self.op == "//":
+            return left // right
+        if self.op == "%":
+            return left % right
+        return min(left, right) if self.op == "min" else max(left, right)
+
     def __str__(self) -> str:
         if self.op in ("min", "max"):
             return f"{self.op}({self.left}, {self.right})"
@@ -160,9 +169,12 @@ class Dim:
         Raises:
             KeyError: a name has no size.
         """
-        result = self.evaluate(lambda name: Dim.of(_size(name, sizes))).const
-        assert result is not None
-        return result
+        total = 0
+        for monomial, product in self.terms:
+            for atom in monomial:
+                product *= _size(atom, sizes) if isinstance(atom, str) else atom.value(sizes)
+            total += product
+        return total
 
     def __str__(self) -> str:
         if not self.terms:
@@ -187,6 +199,8 @@ def split_fraction(atom: str) -> tuple[str, int]:
 
 
 def _size(atom: str, sizes: Mapping[str, int]) -> int:
+    if atom in sizes:
+        return sizes[atom]
     name, divisor = split_fraction(atom)
     return sizes[name] // divisor
 
