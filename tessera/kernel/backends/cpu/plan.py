@@ -35,7 +35,7 @@ def plan(function: Function) -> set[str]:
             kept.add(op.result.name)
         for result in op.results:
             if op.name in _LAZY and result.type.rank and _is_costly(result, kept) and (
-                    uses[result.name] > 1 or _repeated(result, op, function, depth)):
+                    uses[result.name] > 1 or _repeated(result, function)):
                 kept.add(result.name)
     return kept
 
@@ -69,16 +69,14 @@ def _is_costly(value: Value, kept: set[str]) -> bool:
     return any(operand.name not in kept and _is_costly(operand, kept) for operand in op.operands)
 
 
-def _repeated(value: Value, op: Op, function: Function, depth: dict[str, int]) -> bool:
-    """Whether a broadcast over a leading axis would compute the value once a row again."""
+def _repeated(value: Value, function: Function) -> bool:
+    """Whether a broadcast would compute the value again for each element of a new or expanded axis."""
     for user in ir.walk(function.body):
         if user.name == "broadcast" and user.operands[0] is value:
-            axes = user.attrs["axes"]
-            source_last = max((i for i, a in enumerate(axes) if a is not None), default=-1)
-            if any(a is None for a in axes[:source_last]):
-                return True
-        if user.name == "mma" and value in user.operands:
-            return True
+            size = user.result.type.shape
+            for axis, origin in enumerate(user.attrs["axes"]):
+                if size[axis].const != 1 and (origin is None or value.type.shape[origin].const == 1):
+                    return True
     return False
 
 
