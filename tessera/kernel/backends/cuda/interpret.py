@@ -93,6 +93,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _replace_libdevice()
+    _round_as_the_hardware_does()
     while True:
         try:
             kernels, args, sizes = _receive(sys.stdin.buffer)
@@ -136,3 +137,19 @@ def _replace_libdevice() -> None:
         setattr(libdevice, name, unary(function))
     for name, function in {"pow": np.power, "fmod": np.fmod}.items():
         setattr(libdevice, name, binary(function))
+
+
+def _round_as_the_hardware_does() -> None:
+    """The interpreter truncates to bf16 and rounds ties to fp8 upwards; a GPU rounds to nearest even, as torch."""
+    from triton.runtime import interpreter
+
+    torch_types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
+                   "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        raw = torch.frombuffer(bytearray(data.tobytes()), dtype=bits[data.dtype.itemsize])
+        rounded = raw.view(torch_types[source.name]).to(torch_types[target.name])
+        return rounded.view(bits[rounded.element_size()]).numpy().reshape(data.shape)
+
+    interpreter._convert_float = convert

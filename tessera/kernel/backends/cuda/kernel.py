@@ -155,7 +155,8 @@ def _program_index(emitter: Emitter, x: ir.Value, axis: int, block: int,
     if block == 1:
         if limit == dim:
             return Index(Val(program))
-        return Index(Val(program), guards=(Val(f"({program} < {emitter.size(limit).text})"),))
+        inside = emitter.assign(f"in_{name}", f"{program} < {emitter.size(limit).text}", (), 0)
+        return Index(Val(program), guards=(inside,))
     text = emitter.constant(f"BLOCK_{name}", block)
     return emitter.over(emitter.new_axis(name, f"{program} * {text}", block, text, depth=0), limit)
 
