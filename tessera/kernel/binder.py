@@ -8,16 +8,16 @@ and runs it. Whatever goes wrong leads to `slow`, which says what is wrong or co
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tessera.kernel.dims import Dim, Term, split_fraction
-from tessera.kernel.signature import EMPTY, Parameter, Signature, scalar_argument
+from tessera.kernel.signature import EMPTY, Parameter, Signature, Step, scalar_argument
 from tessera.types import int4
 
 # os.environ.get costs a microsecond for its encoding; the mapping under it holds what it would return.
 _environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
-_BACKEND = b"TESSERA_BACKEND" if getattr(os.environ, "_data", None) is not None and os.name != "nt" else "TESSERA_BACKEND"
+_BACKEND: Any = "TESSERA_BACKEND" if _environment is os.environ or os.name == "nt" else b"TESSERA_BACKEND"
 
 
 def make_launcher(signature: Signature, table: dict[Any, Callable[..., None]], slow: Callable[..., Any],
@@ -38,11 +38,12 @@ def source_text(signature: Signature, space: dict[str, Any]) -> str:
     """The launch function's source; objects that it names are put into `space`."""
     tiles = signature.tiles
     variables = {name: f"_s{i}" for i, name in enumerate(signature.sizes)}
-    lines = [f"def launch({', '.join(_parameter(p, space) for p in signature.parameters)}):", "    _key = None", "    try:"]
+    header = ", ".join(_header(signature.parameters, space))
+    lines = [f"def launch({header}):", "    _key = None", "    try:"]
     lines += [line for p in tiles for line in _shape_lines(p, len(signature.dims[p.name]))]
     for step in signature.steps:
         n = _axis(step.parameter, step.axis)
-        if step.rest.terms or step.factor != Dim.of(1) or step.times != 1:
+        if not _is_plain(step):
             n = f"({n} - ({code(step.rest, variables)})) * {step.times} // ({code(step.factor, variables)})"
         lines.append(f"        {variables[step.name]} = {n}")
     lines += _check_lines(signature, variables)
@@ -85,11 +86,17 @@ def code(dim: Dim, variables: Mapping[str, str]) -> str:
     return " + ".join(parts) or "0"
 
 
-def _parameter(p: Parameter, space: dict[str, Any]) -> str:
-    if p.default is EMPTY:
-        return identifier(p.name)
-    space[f"_default_{p.name}"] = p.default
-    return f"{identifier(p.name)}=_default_{p.name}"
+def _is_plain(step: Step) -> bool:
+    """Whether a size is the axis itself."""
+    return not step.rest.terms and step.factor == Dim.of(1) and step.times == 1
+
+
+def _header(parameters: Sequence[Parameter], space: dict[str, Any]) -> list[str]:
+    """Parameters with defaults; a variant that appends tensors of `self` gets every argument, and needs none."""
+    if any(p.default is not EMPTY for p in parameters) and parameters[-1].default is EMPTY:
+        return [identifier(p.name) for p in parameters]
+    space.update({f"_default_{p.name}": p.default for p in parameters})
+    return [identifier(p.name) if p.default is EMPTY else f"{p.name}=_default_{p.name}" for p in parameters]
 
 
 def _axis(parameter: str, axis: int) -> str:
@@ -109,7 +116,7 @@ def _shape_lines(p: Parameter, rank: int) -> list[str]:
 
 
 def _check_lines(signature: Signature, variables: Mapping[str, str]) -> list[str]:
-    trivial = {(s.parameter, s.axis) for s in signature.steps if not s.rest.terms and s.factor == Dim.of(1) and s.times == 1}
+    trivial = {(s.parameter, s.axis) for s in signature.steps if _is_plain(s)}
     checks = [f"{_axis(p.name, axis)} != {code(dim, variables)}" for p in signature.tiles
               for axis, dim in enumerate(signature.dims[p.name]) if (p.name, axis) not in trivial]
     checks += [f"{variables[base]} % {divisor}" for base, divisor in signature.divisors.items()]

@@ -90,7 +90,8 @@ class Kernel:
         """
         names = [p.name for p in self.parameters]
         if len(args) > len(names):
-            raise LaunchError(f"kernel {self.name}: {len(args)} arguments given; expected {len(names)}: {', '.join(names)}")
+            raise LaunchError(
+                f"kernel {self.name}: {len(args)} arguments given; expected {len(names)}: {', '.join(names)}")
         values = dict(zip(names, args))
         for name, value in kwargs.items():
             if name not in names or name in values:
@@ -144,7 +145,7 @@ class Kernel:
             if p.kind == "self":
                 continue
             if p.name in absent:
-                p = Parameter(p.name, "constant", optional=True, default=None)
+                p = Parameter(p.name, "constant", optional=True, default=p.default)
             elif p.has_ellipsis:
                 position = p.dims.index("...")
                 leading = tuple(f"_{i}" for i in range(ranks.get(p.name, 1)))
@@ -252,7 +253,8 @@ class Kernel:
 
     def with_schedule(self, **options: Any) -> Kernel:
         """The same kernel under another schedule; options as for `ts.schedule`."""
-        return Kernel(self.function, name=self.name, schedule={**self.schedule, **flatten(options)}, retypes=self.retypes)
+        schedule = {**self.schedule, **flatten(options)}
+        return Kernel(self.function, name=self.name, schedule=schedule, retypes=self.retypes)
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"

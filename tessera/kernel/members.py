@@ -59,7 +59,7 @@ def members_of(instance: Any, source: Source) -> list[Member]:
                     seen.add(value.__func__)
                     if value.__self__ is instance:
                         visit(_paths(source_of(value.__func__).tree))
-                if isinstance(value, torch.Tensor) or isinstance(value, _CONSTANTS):
+                if isinstance(value, (torch.Tensor, *_CONSTANTS)):
                     found[dotted] = Member(dotted, value)
                     break
 

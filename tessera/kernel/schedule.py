@@ -34,7 +34,8 @@ def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
         elif name.isupper():
             flat[name] = _block(name, value)
         else:
-            raise InputError(f"schedule: {name!r} is not an option; expected {', '.join(OPTIONS)} or a block size such as BM")
+            raise InputError(
+                f"schedule: {name!r} is not an option; expected {', '.join(OPTIONS)} or a block size such as BM")
     return flat
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from tessera.kernel import ir
 from tessera.kernel.diagnostics import InternalCompilerError
+from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Block, Function, Op, TileTy, Value, ViewTy
 from tessera.types import bool_
 
@@ -145,8 +146,13 @@ class _Checker:
                 raise self.fail(op, f"{value} into {view}")
         elif op.name in ("load", "view", "gather") and not isinstance(operands[0], ViewTy):
             raise self.fail(op, f"{operands[0]} is not a view")
-        elif op.name == "reduce" and len(results[0].shape) != len(operands[0].shape) - 1:
+        elif op.name == "reduce" and results[0].shape != _without(operands[0].shape, op.attrs["axis"]):
             raise self.fail(op, f"{operands[0]} gives {results[0]}")
         elif op.name == "transpose":
-            if tuple(operands[0].shape[p] for p in op.attrs["perm"]) != results[0].shape:
-                raise self.fail(op, f"{operands[0]} gives {results[0]}")
+            expected = tuple(operands[0].shape[p] for p in op.attrs["perm"])
+            if results[0].shape != expected:
+                raise self.fail(op, f"{operands[0]} gives {results[0]}; expected {list(expected)}")
+
+
+def _without(shape: tuple[Dim, ...], axis: int) -> tuple[Dim, ...]:
+    return shape[:axis] + shape[axis + 1:]

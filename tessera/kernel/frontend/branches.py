@@ -84,7 +84,8 @@ class Branches(Calls):
         self.frame.env.update(merged)
         return Exit(stop=stop, returned=returned, has_returned=any(e.has_returned for e in exits))
 
-    def _trace(self, body: list[ast.stmt], orelse: list[ast.stmt]) -> tuple[list[Block], list[dict[str, Any]], list[Exit]]:
+    def _trace(self, body: list[ast.stmt],
+               orelse: list[ast.stmt]) -> tuple[list[Block], list[dict[str, Any]], list[Exit]]:
         """Both branches, each from the present names."""
         before = self.frame.env
         blocks, envs, exits = [Block(), Block()], [], []

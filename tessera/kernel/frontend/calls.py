@@ -100,7 +100,8 @@ class Calls(Expressions):
         if not callable(function):
             raise TypeRuleError(f"{describe(function)} is not a function",
                                 *([function] if isinstance(function, Value) else []))
-        raise TypeRuleError(f"a call of {name} cannot be compiled: it is neither a tile builtin nor a plain Python function")
+        raise TypeRuleError(
+            f"a call of {name} cannot be compiled: it is neither a tile builtin nor a plain Python function")
 
     # -- inlining -----------------------------------------------------------------------------------
 

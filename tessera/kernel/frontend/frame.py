@@ -34,7 +34,7 @@ class Scope:
     """
 
     kind: str  # "function", "loop", "unrolled", "grid"
-    exits: Exits = Exits()
+    exits: Exits = field(default_factory=Exits)
     names: tuple[str, ...] = ()
 
     def ending_with(self, end: frozenset[str]) -> Scope:
@@ -86,9 +86,8 @@ class Context:
             return self._schedule[name]
         if name in ("program_id", "num_programs"):
             return getattr(self, name)
-        known = [*self._dims, *_BLOCK_NAMES]
-        raise TypeRuleError(
-            f"context: no size {name!r}{did_you_mean(name, known)}; the signature names {', '.join(self._dims) or 'none'}")
+        hint = did_you_mean(name, [*self._dims, *_BLOCK_NAMES])
+        raise TypeRuleError(f"context: no size {name!r}{hint}; the signature names {', '.join(self._dims) or 'none'}")
 
     @builtin
     def program_id(self, axis: int = 0) -> Value:

@@ -106,7 +106,8 @@ def write(base: Value, items: Sequence[Any], x: Any) -> Value:
     if not value.type.rank:
         value = builder().full(shape, builder().cast(value, base.type.dtype))
     if value.type.shape != shape:
-        raise TypeRuleError(f"index: {show(value)} written to a slice of shape {list(shape)} of {show(base)}", value, base)
+        raise TypeRuleError(f"index: {show(value)} written to a slice of shape {list(shape)} of {show(base)}",
+                            value, base)
     if all(entry[0] == "all" for entry in index.spec):
         return builder().cast(value, base.type.dtype)
     return _write_elements(base, index, value)
@@ -150,7 +151,7 @@ def sequential_for(make: Builder, count: Value, initial: Value, body: Callable[[
 
 def _at(base: Value, axis: int, item: Any, index: Index) -> tuple[Any, ...]:
     size = base.type.shape[axis]
-    if isinstance(item, bool) or isinstance(item, float) or not isinstance(item, (int, Dim, Value)):
+    if isinstance(item, (bool, float)) or not isinstance(item, (int, Dim, Value)):
         raise TypeRuleError(f"index: {describe(item)} given for axis {axis} of {show(base)}; expected an int", base)
     if isinstance(item, Value):
         start = tile_of(item)

@@ -117,7 +117,7 @@ class Liveness:
                 targets: list[ast.expr] = []
                 if isinstance(node, ast.Assign):
                     targets = node.targets
-                elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For)) or isinstance(node, ast.NamedExpr):
+                elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.NamedExpr)):
                     targets = [node.target]
                 elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                     change = self.destination(node.value)

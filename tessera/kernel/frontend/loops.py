@@ -160,7 +160,7 @@ class Loops(Branches):
         for _ in range(_MAX_ROUNDS):
             block = Block([self.builder.argument(TileTy((), int64))])
             self.frame.env = dict(env)
-            exit, changed = self._iteration(s, block, carried, scope, lambda: self.assign(s.target, block.args[0]))
+            exit, changed = self._iteration(s, block, carried, scope, block.args[0])
             if not changed:
                 break
         else:
@@ -185,7 +185,7 @@ class Loops(Branches):
         for _ in range(_MAX_ROUNDS):
             block = Block()
             self.frame.env = dict(env)
-            exit, changed = self._iteration(s, block, carried, scope, lambda: None)
+            exit, changed = self._iteration(s, block, carried, scope)
             if not changed:
                 break
         else:
@@ -232,7 +232,7 @@ class Loops(Branches):
         return carried
 
     def _iteration(self, s: ast.For | ast.While, block: Block, carried: Carried, scope: Scope,
-                   enter: Any) -> tuple[Exit, bool]:
+                   index: Value | None = None) -> tuple[Exit, bool]:
         """Trace the body once; whether the carried types had to change (then it is to be traced again)."""
         arguments = [self.builder.argument(t) for t in carried.types]
         block.args += arguments
@@ -243,7 +243,8 @@ class Loops(Branches):
         outer, self.frame.scope = self.frame.scope, scope
         try:
             with self.builder.inside(block):
-                enter()
+                if index is not None and isinstance(s, ast.For):
+                    self.assign(s.target, index)
                 exit = self.run_body(s.body)
         finally:
             self.frame.scope = outer

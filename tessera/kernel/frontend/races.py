@@ -43,5 +43,6 @@ def _race(view: Value, index: Value, loc: Location | None) -> CompileError:
     while root.op is not None and root.op.name == "view":
         root = root.op.operands[0]
     name = index.hint or "the grid index"
-    return compile_error(f"write race: every program of the grid writes the same place of {root.hint or 'a parameter'!r}, "
-                         f"which does not depend on {name!r}", loc, [root])
+    target = repr(root.hint) if root.hint else "a parameter"
+    return compile_error(f"write race: every program of the grid writes the same place of {target}, which does not "
+                         f"depend on {name!r}", loc, [root])

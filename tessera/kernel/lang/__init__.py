@@ -130,5 +130,16 @@ from tessera.kernel.lang.library import (  # noqa: E402
     softmax,
 )
 
-__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in (
-    "annotations", "SimpleNamespace", "core", "elementwise", "library", "memory", "program", "reductions", "shapes"))
+__all__ = [
+    "abs", "add", "all", "alloc_shared", "any", "apply_causal_mask", "apply_rope", "arange", "argmax", "argmin",
+    "atomic_add", "broadcast", "cast", "cdiv", "ceil", "clamp", "concat", "context", "copy", "cos", "cummax",
+    "cumsum", "device_assert", "div", "dot", "dp4a", "dropout", "element_index", "erf", "exp", "exp2",
+    "expand_dims", "expm1", "fill", "flash_attention", "floor", "floordiv", "fma", "full", "gather", "gelu", "grid",
+    "isnan", "load", "load_async", "load_broadcast", "load_vector", "log", "log1p", "log2", "logical_and",
+    "logical_not", "logical_or", "max", "maximum", "mean", "min", "minimum", "mma", "mod", "mul", "neg",
+    "num_programs", "ones", "pow", "print", "program_id", "rand", "range", "reduce_all", "reduce_any",
+    "reduce_argmax", "reduce_argmin", "reduce_max", "reduce_mean", "reduce_min", "reduce_sum", "relu", "reshape",
+    "rms_norm", "round", "rsqrt", "scatter", "sigmoid", "silu", "sin", "softmax", "softplus", "sort", "split",
+    "sqrt", "static_assert", "static_range", "store", "store_vector", "sub", "sum", "swish", "tanh", "thread_range",
+    "topk", "transpose", "wait", "warp", "where", "zeros",
+]

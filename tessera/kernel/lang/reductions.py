@@ -98,7 +98,7 @@ def topk(x: Operand, k: int, axis: int = -1) -> tuple[Value, Value]:
     position = builder().axis(value, int_of(axis, "topk: axis"), "topk")
     size = value.type.shape[position].const
     if count < 1 or (size is not None and count > size):
-        raise TypeRuleError(f"topk: k={count} given for an axis of {value.type.shape[position]} of {show(value)}", value)
+        raise TypeRuleError(f"topk: k={count} given; axis {position} of {show(value)} has fewer", value)
     values, indices = builder().sort(value, position, True)
     spec: list[Any] = [("all",)] * value.type.rank
     spec[position] = ("range", 1, builder().const(count).expr, None)
