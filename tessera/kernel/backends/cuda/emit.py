@@ -67,9 +67,9 @@ class Emitter:
         for param in function.params:
             self._values[param.value.name] = param.value
             if not param.is_view:
-                self.pinned[param.value] = Val(self.scopes.name(param.name))
+                self.pinned[param.value] = Val(self.scopes.name(param_name(param)))
             else:
-                self.scopes.name(param.name + "_ptr")
+                self.scopes.name(param_name(param) + "_ptr")
         for size in function.sizes:
             self.scopes.name(size)
 
@@ -382,6 +382,11 @@ def literal(value: Any, dtype: DType) -> str:
         text = repr(float(value))
         return text if text.lstrip("-")[0].isdigit() else f'float("{text}")'
     return str(value)
+
+
+def param_name(param: ir.Param) -> str:
+    """A parameter's name in generated code; tensors of a method's object have dots in theirs."""
+    return param.name.replace(".", "_")
 
 
 def axis_name(dim: Dim) -> str:

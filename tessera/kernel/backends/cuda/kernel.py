@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda import contract, control, memory, plan, rules
-from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name
+from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name, param_name
 from tessera.kernel.backends.cuda.helpers import text_of
 from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Index, Val
@@ -191,10 +191,10 @@ def _arguments(emitter: Emitter, text: str) -> list[tuple[str | int, ...]]:
             if emitter.pinned[param.value].text in words:
                 found.append(("scalar", number))
             continue
-        if f"{param.name}_ptr" in words:
+        if f"{param_name(param)}_ptr" in words:
             found.append(("pointer", number))
         found += [("stride", number, axis) for axis in range(param.value.type.rank)
-                  if f"{param.name}_s{axis}" in words]
+                  if f"{param_name(param)}_s{axis}" in words]
     return found + [("size", number) for number, size in enumerate(emitter.function.sizes) if size in words]
 
 
@@ -202,5 +202,5 @@ def _argument_name(function: ir.Function, argument: tuple[str | int, ...]) -> st
     kind, number = argument[0], int(argument[1])
     if kind == "size":
         return function.sizes[number]
-    name = function.params[number].name
+    name = param_name(function.params[number])
     return {"scalar": name, "pointer": f"{name}_ptr"}.get(str(kind), f"{name}_s{argument[-1]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tessera.kernel import ir
-from tessera.kernel.backends.cuda.emit import Emitter, Rule, at_most
+from tessera.kernel.backends.cuda.emit import Emitter, Rule, at_most, param_name
 from tessera.kernel.backends.cuda.rules import through_spec
 from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
 from tessera.types import int4
@@ -44,11 +44,11 @@ def address(emitter: Emitter, param: ir.Param, indices: Sequence[Index]) -> tupl
         if param.value.type.dtype is int4 and position == last:
             text = f"({text} // 2)"
         if position != last or not param.unit_stride:
-            text = f"{text} * {param.name}_s{position}"
+            text = f"{text} * {param_name(param)}_s{position}"
         terms.append((len(index.axes), text))
         depth = max(depth, index.depth)
     terms.sort(key=lambda term: term[0])
-    return " + ".join([f"{param.name}_ptr", *(text for _, text in terms)]), axes, depth
+    return " + ".join([f"{param_name(param)}_ptr", *(text for _, text in terms)]), axes, depth
 
 
 def in_bounds(emitter: Emitter, type_: ir.TileTy, indices: Sequence[Index]) -> Val | None:
@@ -79,7 +79,7 @@ def _load(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted:
         depth = max(depth, mask.depth)
         text = f"tl.load({pointer}, mask={emitter.spread(mask, axes)}, other={_zero(value)})"
         zero = frozenset(pair for index in wanted for pair in index.limits)
-    loaded = emitter.assign(value.hint or param.name, text, axes, depth, op.loc, zero)  # type: ignore[arg-type]
+    loaded = emitter.assign(value.hint or param_name(param), text, axes, depth, op.loc, zero)  # type: ignore[arg-type]
     if param.value.type.dtype is not int4:
         return loaded
     last = wanted[-1].value
@@ -87,7 +87,7 @@ def _load(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted:
     nibble = f"((({loaded.text} >> ({shift} % 2 * 4).to(tl.uint8)) & 15) ^ 8).to(tl.int8) - 8"
     if not last.axes:
         nibble = f"tl.cast((({loaded.text} >> ({shift} % 2 * 4)) & 15) ^ 8, tl.int8) - 8"
-    return emitter.assign(value.hint or param.name, nibble, axes, max(depth, last.depth), op.loc)
+    return emitter.assign(value.hint or param_name(param), nibble, axes, max(depth, last.depth), op.loc)
 
 
 def _zero(value: ir.Value) -> str:
@@ -128,7 +128,7 @@ def write(emitter: Emitter, op: ir.Op, x: ir.Value, param: ir.Param, wanted: Seq
     condition = f", mask={emitter.filled(mask, axes)}" if mask is not None else ""
     call = "tl.atomic_add" if op.name == "atomic_add" else "tl.store"
     if call == "tl.atomic_add" and axes and not value.axes:
-        text = f"tl.full({emitter.shape(axes)}, {value.text}, {param.name}_ptr.dtype.element_ty)"
+        text = f"tl.full({emitter.shape(axes)}, {value.text}, {param_name(param)}_ptr.dtype.element_ty)"
     emitter.scopes.line(f"{call}({pointer}, {text}{condition})", op.loc)
 
 
