@@ -16,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tessera.kernel.backends.cpu.emit import F32, I1, I64, PTR, VOID, Builder, Function, Module, Val, const, vec
+from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Builder, Function, Module, Val, const, vec
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.mma_pack import Source, pack_panel
+
+STREAM_DEPTH = 16  # rows of a row-major W that are read side by side: the prefetcher follows that many streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ def _tile(b: Builder, t: Tiling, rows: Val, columns: Val, panel: Val, a: Val, c:
         b.call(kernel, a, 1, t.mr, panel, t.nr, 0, c, ldc, depth, keep, t.nr)
     with branch.else_():
         _ladder(b, t, rows, lambda size, row: b.call(
-            micro_kernel(module, t, size, 1, packed=True, edge=True),
+            micro_kernel(module, t, size, 1, packed=False, edge=True),
             b.gep(a, row, F32), 1, t.mr, panel, t.nr, 0, b.gep(c, b.mul(row, ldc), F32), ldc, depth, keep, columns))
 
 
@@ -156,45 +158,54 @@ def ladder(mr: int) -> list[int]:
 
 def _skinny(b: Builder, t: Tiling, m: Val, n: Val, k: Val, a: Source, w: Source | Panels, c: Val, ldc: Val,
             scratch: Val, keep: Val) -> None:
-    """Few rows: A is read in place, W is streamed once, several panels at a time."""
+    """Few rows: A is read in place and W is streamed once, in groups of panels that all rows use."""
     assert a.direct is not None
     a_pointer, a_row, a_k = a.direct
+    in_place = not isinstance(w, Panels) and w.direct is not None and w.direct[1].const == 1
+    group = t.panels(1) * t.nr
+    loops = [(n, group), (k, t.kc)]
+    if in_place:  # rows of W in memory are read along, a few at a time
+        loops = [(k, STREAM_DEPTH), (n, group)]
+    with b.for_(0, *loops[0]) as outer, b.for_(0, *loops[1]) as inner:
+        column, start = (inner.i, outer.i) if in_place else (outer.i, inner.i)
+        columns, depth = b.min(b.sub(n, column), group), b.min(b.sub(k, start), loops[0 if in_place else 1][1])
+        going = b.or_(keep, b.cmp("gt", start, 0))
+        pointer, w_k, w_panel = _panel_group(b, t, w, column, columns, start, depth, scratch)
 
-    def rows_kernel(size: int, row: Val) -> None:
-        wide = t.panels(size)
-        kernel = micro_kernel(b.module, t, size, wide, packed=False, edge=False)
-        edge = micro_kernel(b.module, t, size, 1, packed=False, edge=True)
-        rows_c = b.gep(c, b.mul(row, ldc), F32)
-        rows_a = b.gep(a_pointer, b.mul(row, a_row), F32)
-        whole = b.mul(b.udiv(n, wide * t.nr), wide * t.nr)
-        for first, last, panels, call in ((const(0, I64), whole, wide, kernel), (whole, n, 1, edge)):
-            with b.for_(first, last, panels * t.nr) as column:
-                _stream(b, t, w, column.i, b.min(b.sub(n, column.i), panels * t.nr), panels, k, scratch,
-                        lambda p, ks, ps, start, depth, going, columns, at=column.i, call=call: b.call(
-                            call, b.gep(rows_a, b.mul(start, a_k), F32), a_row, a_k, p, ks, ps,
-                            b.gep(rows_c, at, F32), ldc, depth, going, columns), keep)
+        def rows_kernel(size: int, row: Val) -> None:
+            a_at = b.gep(a_pointer, b.add(b.mul(row, a_row), b.mul(start, a_k)), F32)
+            _group_rows(b, t, size, columns, (a_at, a_row, a_k, pointer, w_k, w_panel),
+                        b.gep(c, b.add(b.mul(row, ldc), column), F32), (ldc, depth, going))
 
-    _ladder(b, t, m, rows_kernel)
+        _ladder(b, t, m, rows_kernel)
 
 
-def _stream(b: Builder, t: Tiling, w: Source | Panels, column: Val, columns: Val, panels: int, k: Val, scratch: Val,
-            run: Callable[..., object], keep: Val) -> None:
-    """Call run(pointer, k stride, panel stride, k start, depth, keep, columns) over all of k for some columns."""
-    zero = const(0, I64)
+def _panel_group(b: Builder, t: Tiling, w: Source | Panels, column: Val, columns: Val, start: Val, depth: Val,
+                 scratch: Val) -> tuple[Val, Val, Val]:
+    """Some adjacent panels of W: (pointer, stride of k, stride of panels)."""
     if isinstance(w, Panels):
-        run(b.gep(w.pointer, b.mul(column, w.depth), F32), const(t.nr, I64), b.mul(w.depth, t.nr), zero, k, keep, columns)
-    elif w.direct and w.direct[1].const == 1:
-        pointer, _, stride = w.direct
-        run(b.gep(pointer, column, F32), stride, const(t.nr, I64), zero, k, keep, columns)
-    else:
-        with b.for_(0, k, t.kc) as block:
-            depth = b.min(b.sub(k, block.i), t.kc)
-            for p in range(panels):
-                first = p * t.nr
-                pack_panel(b, w, t.lanes, t.nr, b.add(column, first), b.min(b.sub(columns, first), t.nr), block.i, depth,
-                           b.gep(scratch, p * t.nr * t.kc, F32))
-            run(scratch, const(t.nr, I64), const(t.nr * t.kc, I64), block.i, depth,
-                b.or_(keep, b.cmp("gt", block.i, 0)), columns)
+        return _panel(b, t, w, column, columns, start, depth, scratch), const(t.nr, I64), b.mul(w.depth, t.nr)
+    if w.direct and w.direct[1].const == 1:
+        pointer, _, w_k = w.direct
+        return b.gep(pointer, b.add(column, b.mul(start, w_k)), F32), w_k, const(t.nr, I64)
+    with b.for_(0, columns, t.nr) as first:
+        pack_panel(b, w, t.lanes, t.nr, b.add(column, first.i), b.min(b.sub(columns, first.i), t.nr), start, depth,
+                   b.gep(scratch, b.mul(first.i, t.kc), F32))
+    return scratch, const(t.nr, I64), const(t.nr * t.kc, I64)
+
+
+def _group_rows(b: Builder, t: Tiling, size: int, columns: Val, operands: tuple[Val, ...], c: Val,
+                rest: tuple[Val, ...]) -> None:
+    """`size` rows by a group of panels: as many panels a call as keep enough chains going, then a ragged one."""
+    a, a_row, a_k, pointer, w_k, w_panel = operands
+    wide = t.panels(size)
+    whole = b.mul(b.udiv(columns, wide * t.nr), wide * t.nr)
+    for first, last, panels in ((const(0, I64), whole, wide), (whole, columns, 1)):
+        kernel = micro_kernel(b.module, t, size, panels, packed=False, edge=last is columns)
+        with b.for_(first, last, panels * t.nr) as at:
+            w_at = b.gep(pointer, b.mul(b.udiv(at.i, t.nr), w_panel), F32)
+            b.call(kernel, a, a_row, a_k, w_at, w_k, w_panel, b.gep(c, at.i, F32), *rest,
+                   b.min(b.sub(columns, at.i), t.nr))
 
 
 _PARAMS = [("a", "ptr noalias readonly"), ("a_row", I64), ("a_k", I64),

@@ -116,7 +116,8 @@ def transpose(b: Builder, rows: Sequence[Val]) -> list[Val]:
     high = [i + 2 for i in low]
 
     def zip_parts(x: Val, y: Val, offset: int) -> Val:
-        return b.shuffle(x, y, [i for q in range(0, n, 4) for j in (0, 1) for i in (q + offset + j, n + q + offset + j)])
+        picks = [q + offset + j for q in range(0, n, 4) for j in (0, 1)]
+        return b.shuffle(x, y, [i for p in picks for i in (p, n + p)])
 
     def join_parts(x: Val, y: Val, picks: list[int]) -> Val:
         return b.shuffle(x, y, [i for q in range(0, n, 4) for i in
@@ -142,9 +143,8 @@ def _transpose_parts(b: Builder, rows: list[Val]) -> list[Val]:
             if not i & distance:
                 x, y = rows[i], rows[i + distance]
                 for target, offset in ((i, 0), (i + distance, distance)):
-                    parts = [(q - q % (2 * distance)) + offset + q % distance + (4096 if q & distance else 0)
+                    parts = [(q & ~distance) + offset + (count if q & distance else 0)
                              for q in range(count)]
-                    picks = [4 * (p % 4096) + lane + (4 * count if p >= 4096 else 0) for p in parts for lane in range(4)]
-                    rows[target] = b.shuffle(x, y, picks)
+                    rows[target] = b.shuffle(x, y, [4 * part + lane for part in parts for lane in range(4)])
         distance *= 2
     return rows
