@@ -127,6 +127,10 @@ class Emitter:
         block = self._home.get(value)
         return self.block_depth.get(id(block), 0) if block is not None else 0
 
+    def lift(self, value: ir.Value, depth: int) -> int:
+        """How far out an operation may be written that needs only what is known at `depth`."""
+        return max(depth, self.scopes.branch_of(self.home_depth(value)))
+
     def value_named(self, name: str) -> ir.Value:
         """The SSA value behind an atom of a Dim."""
         return self._values[name]
@@ -305,6 +309,12 @@ class Emitter:
         start = None if by is None or index.start is None else index.start + by
         if text.text == "0":
             return index
+        if start is not None and len(index.axes) == 1:  # as short as it can be said
+            axis, origin = index.axes[0], self.size(start)
+            if start == Dim.of(0):
+                return index.moved(Val(axis.offsets, (axis,), axis.depth), start)
+            depth = max(axis.depth, origin.depth)
+            return index.moved(Val(f"({origin.text} + {axis.offsets})", (axis,), depth), start)
         if index.value.text == "0":
             return index.moved(text, start)
         texts, axes, depth = self.combine([text, index.value])

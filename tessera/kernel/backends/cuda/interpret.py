@@ -141,6 +141,7 @@ def _replace_libdevice() -> None:
 
 def _round_as_the_hardware_does() -> None:
     """The interpreter truncates to bf16 and rounds ties to fp8 upwards; a GPU rounds to nearest even, as torch."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     torch_types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
@@ -153,3 +154,13 @@ def _round_as_the_hardware_does() -> None:
         return rounded.view(bits[rounded.element_size()]).numpy().reshape(data.shape)
 
     interpreter._convert_float = convert
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(self, a), widened(self, b), *rest)
+
+    def widened(builder: Any, x: Any) -> Any:
+        """bf16, whose bits the interpreter would multiply as integers, as f32."""
+        return builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    interpreter.InterpreterBuilder.create_dot = create_dot

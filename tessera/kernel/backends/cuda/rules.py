@@ -68,6 +68,7 @@ def elementwise(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[
         text = (template or UNARY[op.name]).format(texts[0])
     else:
         text = _nonnegative_division(op, texts) or binary_text(emitter, op.name, dtype.is_float, *texts)
+    depth = emitter.lift(value, depth)
     zero = operands[0].zero
     for other in operands[1:]:
         zero &= other.zero
@@ -96,7 +97,7 @@ def cast(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index])
     if source.bits == 4 and target.name == "int8":
         return x  # int4 is held as int8 once it is loaded
     text = converted(emitter, x, source, target)
-    return emitter.assign(value.hint or "cast", text, x.axes, x.depth, op.loc, x.zero)
+    return emitter.assign(value.hint or "cast", text, x.axes, emitter.lift(value, x.depth), op.loc, x.zero)
 
 
 def converted(emitter: Emitter, x: Val, source: DType, target: DType) -> str:
@@ -139,7 +140,7 @@ def iota(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index])
 def rand(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index]) -> Val:
     """Philox on (seed, offset); offsets are ints of at most 64 bits, as in tl.rand."""
     seed, offset = emitter.scalar(op.operands[0]), emitter.emit(op.operands[1], indices)
-    depth = max(seed.depth, offset.depth)
+    depth = emitter.lift(value, max(seed.depth, offset.depth))
     text = f"tl.rand({seed.text}, {offset.text})"
     return emitter.assign(value.hint or "rand", text, offset.axes, depth, op.loc)
 

@@ -29,6 +29,7 @@ class Scope:
     lines: list[str] = field(default_factory=list)
     memo: dict[Any, Val] = field(default_factory=dict)
     loc: Location | None = None
+    branch: bool = False
 
 
 class Scopes:
@@ -52,6 +53,10 @@ class Scopes:
             name = f"{base}_{count}"
         self._names.add(name)
         return name
+
+    def branch_of(self, depth: int) -> int:
+        """The depth of the innermost branch that a depth lies in; what belongs to a branch does not leave it."""
+        return max((i for i, scope in enumerate(self.stack[:depth + 1]) if scope.branch), default=0)
 
     def line(self, text: str, loc: Location | None = None) -> None:
         """Append a line to the innermost scope, below the source line that it comes from."""
@@ -97,7 +102,7 @@ class Scopes:
     def aside(self) -> Iterator[list[str]]:
         """A new innermost scope whose lines, indented, are handed over when it is closed: a branch of an `if`."""
         handed: list[str] = []
-        self.stack.append(Scope(loc=self.stack[-1].loc))
+        self.stack.append(Scope(loc=self.stack[-1].loc, branch=True))
         try:
             yield handed
         finally:
