@@ -1,0 +1,172 @@
+"""The commands, their options, and what becomes of errors.
+
+In: arguments. Out: an exit code: 0; 2 after an error; 130 after Ctrl-C; 1 when the reader of our output has
+gone. Each command's work is done by the module of its name. Called by cli.main.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera import __version__, env
+from tessera.cli.options import ModelOptions, SamplingOptions
+
+app = typer.Typer(
+    name="tessera", add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+    help="Generate text with decoder-only transformers, and inspect and convert their files.")
+
+
+def _set_debug(wanted: bool) -> bool:
+    if wanted:
+        os.environ["TESSERA_DEBUG"] = "1"
+    return wanted
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tessera {__version__}")
+        raise typer.Exit
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the trace of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A model folder, a GGUF file, or smollm2.")]
+Dtype = Annotated[str, typer.Option(help="f32, bf16, f16 or auto: bf16 where the processor multiplies it, else f32.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to compute with; default torch's choice.")]
+Tp = Annotated[int, typer.Option(help="Tensor-parallel ranks.")]
+System = Annotated[str | None, typer.Option(help="The system message of the chat.")]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Default 256, or what fits.")]
+Temperature = Annotated[float, typer.Option(help="Logits are divided by it; 0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability together.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
+Penalty = Annotated[float, typer.Option(help="Above 1: tokens of the text so far become less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text to end at; may be given several times.")]
+
+
+@app.callback()
+def _root(
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; default: stdin.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file; - is stdin.")] = None,
+    model: Model = "smollm2",
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message: apply the chat template.")] = False,
+    system: System = None,
+    stream: Annotated[bool | None, typer.Option(
+        "--stream/--no-stream", help="Print text as it is made; default on a terminal.")] = None,
+    json: Json = False,
+    max_new_tokens: MaxNewTokens = None, temperature: Temperature = 0.2, top_k: TopK = 50, top_p: TopP = 0.9,
+    min_p: MinP = 0.0, greedy: Greedy = False,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search; sampling options have no effect.")] = 1,
+    repetition_penalty: Penalty = 1.0, seed: Seed = None, stop: Stop = None,
+    dtype: Dtype = "auto", threads: Threads = None, tp: Tp = 1, debug: Debug = False,
+) -> None:
+    """Continue a prompt; prints the new text."""
+    from tessera.cli import generate as command
+
+    command.run(
+        ModelOptions(path=model, dtype=dtype, threads=threads, tp=tp),
+        SamplingOptions(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            greedy=greedy, num_beams=num_beams, repetition_penalty=repetition_penalty, seed=seed, stop=stop),
+        prompt=prompt, file=file, chat=chat, system=system, stream=stream, as_json=json)
+
+
+@app.command()
+def chat(
+    model: Model = "smollm2", system: System = None,
+    max_new_tokens: MaxNewTokens = None, temperature: Temperature = 0.2, top_k: TopK = 50, top_p: TopP = 0.9,
+    min_p: MinP = 0.0, greedy: Greedy = False, repetition_penalty: Penalty = 1.0, seed: Seed = None,
+    stop: Stop = None, dtype: Dtype = "auto", threads: Threads = None, tp: Tp = 1, debug: Debug = False,
+) -> None:
+    """Talk with a model; /help lists the commands."""
+    from tessera.cli import chat as command
+
+    command.run(
+        ModelOptions(path=model, dtype=dtype, threads=threads, tp=tp),
+        SamplingOptions(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            greedy=greedy, repetition_penalty=repetition_penalty, seed=seed, stop=stop),
+        system=system)
+
+
+@app.command()
+def info(
+    path: Annotated[str, typer.Argument(help="A model folder, a GGUF file, or smollm2.")],
+    context: Annotated[int | None, typer.Option(help="Tokens to size the cache for; default the model's most.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows to size the cache for.")] = 1,
+    json: Json = False, debug: Debug = False,
+) -> None:
+    """Describe a model file without loading its weights."""
+    from tessera.cli import info as command
+
+    command.run(path, context=context, batch=batch, as_json=json)
+
+
+@app.command(name="env")
+def environment(json: Json = False, debug: Debug = False) -> None:
+    """List the environment variables that Tessera reads, and their values."""
+    from tessera.cli import info as command
+
+    command.environment(as_json=json)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; default sys.argv.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        code = app(list(sys.argv[1:] if arguments is None else arguments), prog_name="tessera", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is buffered still cannot be written; the interpreter must not try once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if env.get("TESSERA_DEBUG"):
+            traceback.print_exc()
+        else:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _one_line(error: Exception) -> str:
+    """What is wrong, for a user: our own errors and the system's as they are, others with their kind."""
+    from tessera.errors import TesseraError
+
+    if isinstance(error, typer.BadParameter.__base__):  # every misuse of the command line
+        text = error.format_message() + " (see --help)"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, TesseraError):
+        text = str(error)
+    elif isinstance(error, MemoryError):
+        text = "out of memory"
+    else:
+        text = f"{type(error).__name__}: {error} (--debug shows where)"
+    return " ".join(text.split())

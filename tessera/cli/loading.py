@@ -1,0 +1,85 @@
+"""Models for the command line: names, types, progress.
+
+In: ModelOptions. Out: a loaded model with its tokenizer. Called by cli.generate and cli.chat.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tessera.cli.options import ModelOptions
+from tessera.data.tokenizer import Tokenizer, load_tokenizer
+from tessera.infer.engine import GPTInference
+from tessera.models import hub
+from tessera.models.load import load_model
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A model that is ready to speak.
+
+    Attributes:
+        engine, tokenizer: the model and its vocabulary.
+        dtype: what it computes in.
+        load_seconds: what reading both took.
+    """
+
+    engine: GPTInference
+    tokenizer: Tokenizer
+    dtype: str
+    load_seconds: float
+
+
+def resolve(path: str) -> Path:
+    """The path that a --model argument stands for.
+
+    Raises:
+        NotFoundError: "smollm2" is asked for and its package is not installed.
+    """
+    return hub.smollm2() if path == "smollm2" else Path(path)
+
+
+def load(options: ModelOptions) -> Session:
+    """Load model and tokenizer, with a progress bar on a terminal."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    path = resolve(options.path)
+    dtype = fastest_dtype() if options.dtype == "auto" else options.dtype
+    start = time.perf_counter()
+    with progress_bar(f"loading {path.name}") as progress:
+        model = load_model(path, dtype=dtype, progress=progress)
+    tokenizer = load_tokenizer(path)
+    return Session(
+        engine=GPTInference(model), tokenizer=tokenizer, dtype=model.config.compute.name,
+        load_seconds=time.perf_counter() - start)
+
+
+def fastest_dtype() -> str:
+    """bf16 where the processor has instructions for it, else f32: emulated, it is a hundred times slower."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # the last on AArch64
+    return "bf16" if any(has.get(name, False) for name in names) else "f32"
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress | None]:
+    """A bar on stderr for load_model's `progress`; None where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total)
