@@ -173,6 +173,11 @@ class Function(Callee):
         self._count = 0
         self.builder = Builder(self)
 
+    @property
+    def pointer(self) -> Val:
+        """The function's address."""
+        return Val(f"@{self.name}", PTR)
+
     def unique(self) -> int:
         """A number not yet used in this function."""
         self._count += 1

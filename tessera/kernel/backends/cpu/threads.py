@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from tessera.kernel.backends.cpu import jit
-from tessera.kernel.backends.cpu.emit import I32, I64, PTR, VOID, Builder, Callee, Module, Val, const
+from tessera.kernel.backends.cpu.emit import I32, I64, PTR, VOID, Builder, Callee, Function, Module, Val, const
 from tessera.kernel.backends.cpu.host import target
 
 _PARALLEL, _BARRIER = "tessera_parallel", "tessera_barrier"
@@ -60,11 +60,11 @@ def emit_launch(module: Module, segments: int, *, dynamic: Sequence[int] = (), n
         for k in dynamic:
             b.store(const(0, I64), _counter(b, shared, k))
         parallel = module.declare(_PARALLEL, VOID, [PTR, PTR, I32, I32])
-        b.call(parallel, Val(f"@{region.name}", PTR), shared, b.cast("trunc", threads, I32), 0)
+        b.call(parallel, region.pointer, shared, b.cast("trunc", threads, I32), 0)
     b.ret()
 
 
-def _emit_region(module: Module, segments: int, dynamic: frozenset[int], name: str) -> Callee:
+def _emit_region(module: Module, segments: int, dynamic: frozenset[int], name: str) -> Function:
     """What each thread of the team runs."""
     function = module.function(name, VOID, [("shared", PTR)], internal=True)
     b, shared = function.builder, function.args[0]
