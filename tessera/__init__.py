@@ -22,10 +22,12 @@ _PUBLIC: dict[str, str] = {
     "KVCache": "tessera.nn.kv_cache",
     **dict.fromkeys(("Kernel", "constexpr", "schedule"), "tessera.kernel"),
     "load_model": "tessera.models.load", "save_model": "tessera.models.save",
+    **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange"), "tessera.dist"),
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
 }
 _SUBMODULES = ("types", "errors", "env", "kernel", "ops", "nn", "dist", "models", "data", "checkpoint", "infer")
-_ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub"}
+_ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub",
+            "distributed": "tessera.dist"}
 
 __all__ = sorted([*_PUBLIC, *_SUBMODULES, *_ALIASES])
 

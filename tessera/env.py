@@ -55,6 +55,8 @@ VARIABLES: dict[str, Variable] = {
     "TESSERA_CPU": Variable(
         default="host", parse=_choice("host", "avx512", "avx2", "generic"),
         doc="Instruction set that the CPU backend generates for; host reads it from the machine."),
+    "TESSERA_DIST_CHECK": Variable(
+        default=False, parse=_flag, doc="Before each collective, compare what the ranks are about to do."),
     "TESSERA_DEBUG": Variable(default=False, parse=_flag, doc="Show tracebacks on the command line."),
 }
 

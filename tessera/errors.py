@@ -44,3 +44,7 @@ class CompileError(TesseraError):
 
 class LaunchError(InputError):
     """A kernel was launched with tensors that do not fit its signature."""
+
+
+class CollectiveError(TesseraError):
+    """A collective failed: a rank died, is missing, or called another one; the message names it."""

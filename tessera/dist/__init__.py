@@ -1,0 +1,33 @@
+"""The mesh: sharded tensors, collectives by axis, and jobs of processes.
+
+    ts.init()
+    mesh = ts.dist.mesh(4)                       # four ranks on axis "tp"
+    total = ts.dist.all_reduce(x, mesh)
+
+`ts.distributed` is another name of this module.
+"""
+
+from tessera.dist.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    barrier,
+    broadcast,
+    fan_out,
+    mesh_reduce,
+    reduce_scatter,
+    ring_exchange,
+)
+from tessera.dist.collectives_hierarchical import hierarchical_all_reduce
+from tessera.dist.collectives_p2p import recv, send
+from tessera.dist.launch import launch, spawn
+from tessera.dist.mesh import Mesh, mesh
+from tessera.dist.spec import ShardSpec, tensor
+from tessera.dist.world import get_rank, get_world_size, init, is_initialized, shutdown
+from tessera.errors import CollectiveError
+
+__all__ = [
+    "CollectiveError", "Mesh", "ShardSpec", "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast",
+    "fan_out", "get_rank", "get_world_size", "hierarchical_all_reduce", "init", "is_initialized", "launch", "mesh",
+    "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send", "shutdown", "spawn", "tensor",
+]

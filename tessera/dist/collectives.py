@@ -1,0 +1,365 @@
+"""Collectives along an axis of a mesh, with gradients.
+
+In: a tensor of each rank on this process's line of the axis. Out: the combined tensor. Called by placement
+plans, trainers and users. A line of one rank needs no processes: every collective is then what it would be
+with one participant.
+
+Gradients: the loss is the sum of what the ranks call backward on, so the gradient of all_reduce is
+all_reduce, of all_gather reduce_scatter, and so on. Where all ranks compute the *same* loss from the result
+(tensor parallelism), pass `replicated=True`: the gradient, which every rank then has whole, is passed on once.
+
+Under `dist.deterministic()` sums are taken over the ranks in a fixed tree. Sums of 16-bit types are taken in
+f32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tessera import env
+from tessera.dist import world
+from tessera.dist.mesh import Mesh, resolve
+from tessera.dist.tree import is_deterministic, tree_sum
+from tessera.errors import CollectiveError, InputError, ShapeError
+
+_OPS = {"sum": torch_dist.ReduceOp.SUM, "mean": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX,
+        "min": torch_dist.ReduceOp.MIN, "prod": torch_dist.ReduceOp.PRODUCT}
+# torch 2.13 renamed it.
+_all_gather_single = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
+
+
+def all_reduce(
+    x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None, op: str = "sum", replicated: bool = False,
+) -> Tensor:
+    """The sum (mean, max, min, prod) of all ranks' x, on every rank.
+
+    Args:
+        x: any shape, the same on every rank.
+        mesh, axis: default those of `with mesh.axis(...)`, or the mesh's only axis.
+        op: "sum", "mean", "max", "min" or "prod"; the last three have no gradient.
+        replicated: see the module.
+
+    Raises:
+        InputError: an unknown op, or a gradient asked of one that has none.
+        CollectiveError: a rank died, is missing or called something else.
+    """
+    mesh, axis = resolve(mesh, axis)
+    if op not in _OPS:
+        raise InputError(f"op: {op!r} given; expected one of {', '.join(_OPS)}")
+    if op not in ("sum", "mean") and x.requires_grad and torch.is_grad_enabled():
+        raise InputError(f"op: {op!r} given for a tensor that requires a gradient; only sum and mean have one")
+    if mesh.group(axis) is None:
+        return x
+    if op in ("sum", "mean"):
+        total = _AllReduce.apply(x, mesh, axis, replicated)
+        return total / mesh.size(axis) if op == "mean" else total
+    return _reduce_all(x, mesh, axis, op)
+
+
+def mesh_reduce(x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None, op: str = "mean") -> Tensor:
+    """`all_reduce` under the name that distributed functions use; the mean by default."""
+    return all_reduce(x, mesh, axis=axis, op=op)
+
+
+def fan_out(x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None) -> Tensor:
+    """x itself, entering work that the ranks share: its gradient is the sum of the ranks' gradients.
+
+    The conjugate of all_reduce(replicated=True) (Megatron-LM's f and g, arXiv:1909.08053).
+    """
+    mesh, axis = resolve(mesh, axis)
+    if mesh.group(axis) is None or not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    return _FanOut.apply(x, mesh, axis)
+
+
+def all_gather(
+    x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None, dim: int = 0,
+    sizes: Sequence[int] | None = None, replicated: bool = False,
+) -> Tensor:
+    """All ranks' x, concatenated along `dim` in the order of the axis.
+
+    Args:
+        x: the same shape on every rank, but for `dim` when `sizes` is given.
+        dim: where to concatenate.
+        sizes: each rank's size along `dim`; default the same for all.
+        mesh, axis, replicated: as for `all_reduce`.
+    """
+    mesh, axis = resolve(mesh, axis)
+    sizes = _sizes(x, mesh, axis, dim, sizes)
+    return x if mesh.group(axis) is None else _AllGather.apply(x, mesh, axis, dim, sizes, replicated)
+
+
+def reduce_scatter(
+    x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None, dim: int = 0,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """This rank's slice along `dim` of the sum of all ranks' x.
+
+    Args:
+        x: the same shape on every rank; its size along `dim` is cut evenly unless `sizes` says otherwise.
+        sizes: of the slices, one a rank; their sum is x's size along dim.
+        mesh, axis, dim: as for `all_gather`.
+
+    Raises:
+        ShapeError: the size along dim cannot be cut so.
+    """
+    mesh, axis = resolve(mesh, axis)
+    sizes = _cut(x, mesh, axis, dim, sizes)
+    return x if mesh.group(axis) is None else _ReduceScatter.apply(x, mesh, axis, dim, sizes)
+
+
+def all_to_all(
+    x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None, split_dim: int = 0, concat_dim: int = 0,
+) -> Tensor:
+    """Cut x along split_dim, give rank i the i-th piece, and concatenate what comes along concat_dim.
+
+    Args:
+        x: the same shape on every rank; its size along split_dim is a multiple of the axis.
+        mesh, axis: as for `all_reduce`.
+    """
+    mesh, axis = resolve(mesh, axis)
+    _cut(x, mesh, axis, split_dim, None)
+    return x if mesh.group(axis) is None else _AllToAll.apply(x, mesh, axis, split_dim, concat_dim)
+
+
+def broadcast(x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None, src: int = 0) -> Tensor:
+    """The x of the rank with coordinate `src`, on every rank; the others give a tensor of the same shape."""
+    mesh, axis = resolve(mesh, axis)
+    _check_peer("src", src, mesh, axis)
+    return x if mesh.group(axis) is None else _Broadcast.apply(x, mesh, axis, src)
+
+
+def ring_exchange(x: Tensor, mesh: Mesh | None = None, *, axis: str | None = None, shift: int = 1) -> Tensor:
+    """Pass x to the rank `shift` places on (cyclic) and return what comes from `shift` places before."""
+    mesh, axis = resolve(mesh, axis)
+    if mesh.group(axis) is None or shift % mesh.size(axis) == 0:
+        return x
+    return _Ring.apply(x, mesh, axis, shift % mesh.size(axis))
+
+
+def barrier(mesh: Mesh | None = None, *, axis: str | None = None) -> None:
+    """Return once every rank of the line has come here."""
+    mesh, axis = resolve(mesh, axis)
+    if (group := mesh.group(axis)) is not None:
+        with _watching("barrier", mesh, axis, ()):
+            torch_dist.barrier(group=group)
+
+
+# What the functions above do with tensors, without gradients.
+
+def _reduce_all(x: Tensor, mesh: Mesh, axis: str, op: str = "sum") -> Tensor:
+    if is_deterministic() and op in ("sum", "mean"):
+        return tree_sum(_gather_list(x.float(), mesh, axis)).to(x.dtype)
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    out = wide.contiguous().clone() if wide is x else wide.contiguous()
+    with _watching("all_reduce", mesh, axis, x.shape, x.dtype):
+        torch_dist.all_reduce(out, _OPS[op], group=mesh.group(axis))
+    return out.to(x.dtype)
+
+
+def _gather_list(x: Tensor, mesh: Mesh, axis: str) -> list[Tensor]:
+    """Every rank's x (one shape), in order."""
+    out = x.new_empty(mesh.size(axis), *x.shape)
+    with _watching("all_gather", mesh, axis, x.shape, x.dtype):
+        _all_gather_single(out.view(-1), x.contiguous().view(-1), group=mesh.group(axis))
+    return list(out)
+
+
+def _gather(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
+    width = max(sizes)
+    if x.shape[dim] < width:  # gloo gathers equal pieces
+        x = torch.cat((x, x.new_zeros(*x.shape[:dim], width - x.shape[dim], *x.shape[dim + 1:])), dim)
+    pieces = _gather_list(x, mesh, axis)
+    return torch.cat([piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes)], dim)
+
+
+def _scatter_sum(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Each rank sums its slice of what the others send: half the traffic of all_reduce, in a fixed order."""
+    pieces = [piece.float() if x.dtype.itemsize == 2 else piece for piece in x.split(list(sizes), dim)]
+    own = pieces[mesh.get_coordinate(axis)]
+    sent = torch.cat([piece.reshape(-1) for piece in pieces])
+    received = own.new_empty(mesh.size(axis), own.numel())
+    with _watching("reduce_scatter", mesh, axis, x.shape, x.dtype):
+        torch_dist.all_to_all_single(
+            received.view(-1), sent, [own.numel()] * mesh.size(axis), [p.numel() for p in pieces],
+            group=mesh.group(axis))
+    total = tree_sum(list(received)) if is_deterministic() else received.sum(0)
+    return total.view(own.shape).to(x.dtype)
+
+
+def _exchange(x: Tensor, mesh: Mesh, axis: str, split_dim: int, concat_dim: int) -> Tensor:
+    sent = torch.stack(x.chunk(mesh.size(axis), split_dim)).contiguous()
+    received = torch.empty_like(sent)
+    with _watching("all_to_all", mesh, axis, x.shape, x.dtype):
+        torch_dist.all_to_all_single(received, sent, group=mesh.group(axis))
+    return torch.cat(list(received), concat_dim)
+
+
+def _rotate(x: Tensor, mesh: Mesh, axis: str, shift: int) -> Tensor:
+    ranks, here, group = mesh.ranks(axis), mesh.get_coordinate(axis), mesh.group(axis)
+    sent, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    with _watching("ring_exchange", mesh, axis, x.shape, x.dtype):
+        work = [torch_dist.isend(sent, ranks[(here + shift) % len(ranks)], group=group),
+                torch_dist.irecv(received, ranks[(here - shift) % len(ranks)], group=group)]
+        for part in work:
+            part.wait()
+    return received
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, replicated: bool) -> Tensor:
+        ctx.where = mesh, axis, replicated
+        return _reduce_all(x, mesh, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        mesh, axis, replicated = ctx.where
+        return grad if replicated else _reduce_all(grad, mesh, axis), None, None, None
+
+
+class _FanOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+        ctx.where = mesh, axis
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _reduce_all(grad, *ctx.where), None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int], replicated: bool) -> Tensor:
+        ctx.where, ctx.replicated = (mesh, axis, dim, sizes), replicated
+        return _gather(x, mesh, axis, dim, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        mesh, axis, dim, sizes = ctx.where
+        if ctx.replicated:
+            grad = grad.split(list(sizes), dim)[mesh.get_coordinate(axis)]
+        else:
+            grad = _scatter_sum(grad, mesh, axis, dim, sizes)
+        return grad, None, None, None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
+        ctx.where = mesh, axis, dim, sizes
+        return _scatter_sum(x, mesh, axis, dim, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _gather(grad, *ctx.where), None, None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, split_dim: int, concat_dim: int) -> Tensor:
+        ctx.where = mesh, axis, concat_dim, split_dim
+        return _exchange(x, mesh, axis, split_dim, concat_dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _exchange(grad, *ctx.where), None, None, None, None
+
+
+class _Broadcast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, src: int) -> Tensor:
+        ctx.where = mesh, axis, src
+        out = x.contiguous().clone()
+        with _watching("broadcast", mesh, axis, x.shape, x.dtype):
+            torch_dist.broadcast(out, mesh.ranks(axis)[src], group=mesh.group(axis))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        mesh, axis, src = ctx.where
+        total = _reduce_all(grad, mesh, axis)
+        return total if mesh.get_coordinate(axis) == src else torch.zeros_like(total), None, None, None
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, shift: int) -> Tensor:
+        ctx.where = mesh, axis, -shift
+        return _rotate(x, mesh, axis, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _rotate(grad, *ctx.where), None, None, None
+
+
+# Checks.
+
+def _watching(
+    op: str, mesh: Mesh, axis: str, shape: Sequence[int], dtype: torch.dtype | None = None,
+) -> contextlib.AbstractContextManager[None]:
+    if env.get("TESSERA_DIST_CHECK") and dtype is not None:
+        _compare(op, mesh, axis, shape, dtype)
+    watchdog = world.watchdog()
+    return contextlib.nullcontext() if watchdog is None else watchdog.watching(op, axis, shape, mesh.ranks(axis))
+
+
+def _compare(op: str, mesh: Mesh, axis: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Have all ranks of the line say what they are about to do, and compare (TESSERA_DIST_CHECK=1)."""
+    text = f"{op} of {list(shape)} {str(dtype).removeprefix('torch.')}"
+    told = torch.zeros(256, dtype=torch.uint8)
+    data = text.encode()[:256]
+    told[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    heard = told.new_empty(mesh.size(axis), 256)
+    _all_gather_single(heard.view(-1), told, group=mesh.group(axis))
+    others = [bytes(row.tolist()).rstrip(b"\0").decode() for row in heard]
+    different = [f"rank {rank} calls {other}" for rank, other in zip(mesh.ranks(axis), others) if other != text]
+    if different:
+        raise CollectiveError(f"rank {world.get_rank()}: {text} on axis {axis!r}, but {'; '.join(different)}")
+
+
+def _sizes(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+    _check_dim("dim", x, dim)
+    sizes = (x.shape[dim],) * mesh.size(axis) if sizes is None else tuple(sizes)
+    if len(sizes) != mesh.size(axis) or sizes[mesh.get_coordinate(axis)] != x.shape[dim]:
+        raise ShapeError(f"sizes: {sizes} given; expected one for each of {mesh.size(axis)} ranks on axis {axis!r}, "
+                         f"this rank's being x's {x.shape[dim]} along dim {dim}")
+    return sizes
+
+
+def _cut(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+    _check_dim("dim", x, dim)
+    n_ranks, whole = mesh.size(axis), x.shape[dim]
+    if sizes is None:
+        if whole % n_ranks:
+            raise ShapeError(f"x: {tuple(x.shape)} given; expected a multiple of {n_ranks} along dim {dim}, "
+                             f"to be cut for the ranks of axis {axis!r}")
+        return (whole // n_ranks,) * n_ranks
+    if len(sizes) != n_ranks or sum(sizes) != whole or min(sizes) < 0:
+        raise ShapeError(f"sizes: {tuple(sizes)} given; expected {n_ranks} sizes (axis {axis!r}) that sum to {whole}")
+    return tuple(sizes)
+
+
+def _check_dim(name: str, x: Tensor, dim: int) -> None:
+    if not 0 <= dim < x.dim():
+        raise ShapeError(f"{name}: {dim} given; expected 0..{x.dim() - 1} for a tensor of shape {tuple(x.shape)}")
+
+
+def _check_peer(name: str, coordinate: int, mesh: Mesh, axis: str) -> None:
+    if not 0 <= coordinate < mesh.size(axis):
+        raise InputError(f"{name}: {coordinate} given; expected 0..{mesh.size(axis) - 1}, a place on axis {axis!r}")
