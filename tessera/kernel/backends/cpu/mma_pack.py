@@ -96,8 +96,8 @@ def _pack_transposed(b: Builder, source: Source, vector: int, width: int, lane: 
             k = b.add(start, block.i)
             rows = [source.read(b.add(lane, first + j), k, vector, True) for j in range(size)]
             rows += [rows[-1]] * (vector - size)
-            for step, column in enumerate(transpose(b, rows)):
-                b.store(column, b.gep(base, step * width + first, ty))
+            for i, column in enumerate(transpose(b, rows)):
+                b.store(column, b.gep(base, i * width + first, ty))
     with b.for_(whole, depth) as step:
         row = b.gep(out, b.mul(step.i, width), ty)
         with b.for_(0, width) as j:
