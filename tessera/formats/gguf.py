@@ -173,7 +173,7 @@ class GGUFFile:
         """Tensor `name`, dequantized to `dtype` (a floating type), in memory of its own.
 
         Values are computed in float32, bit-equal to the gguf package's, then rounded to `dtype`;
-        the work is done in chunks, so that memory beyond the result stays below about 20 MB.
+        the work is done in chunks, so that memory beyond the result stays below 1 MB a thread.
 
         Raises:
             NotFoundError: the file has no such tensor.
