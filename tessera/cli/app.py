@@ -123,9 +123,9 @@ def info(
 @app.command(name="env")
 def environment(json: Json = False, debug: Debug = False) -> None:
     """List the environment variables that Tessera reads, and their values."""
-    from tessera.cli import info as command
+    from tessera.cli import environment as command
 
-    command.environment(as_json=json)
+    command.run(as_json=json)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

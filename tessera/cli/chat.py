@@ -94,6 +94,7 @@ class Conversation:
 
     def _answer(self, line: str) -> None:
         """Print the model's answer; Ctrl-C ends it where it is."""
+        before = list(self.turns)
         self.turns.append({"role": "user", "content": line})
         pieces: list[str] = []
         try:
@@ -104,7 +105,7 @@ class Conversation:
         except KeyboardInterrupt:
             pass
         except TesseraError:
-            self.turns.pop()
+            self.turns = before
             raise
         print(flush=True)
         self.turns.append({"role": "assistant", "content": "".join(pieces)})

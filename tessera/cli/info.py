@@ -1,4 +1,4 @@
-"""`tessera info` and `tessera env`: what a model file holds, and which settings are in force.
+"""`tessera info`: what a model file holds.
 
 In: a path; only headers are read, never weights. Out: a table or JSON on stdout. Called by cli.app.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tessera import env
+from tessera.cli.environment import print_rows
 from tessera.cli.loading import resolve
 from tessera.errors import InputError, NotFoundError
 from tessera.formats.gguf import open_gguf
@@ -106,16 +106,7 @@ def run(path: str, *, context: int | None, batch: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(description))
     else:
-        _print_rows(_readable(description))
-
-
-def environment(*, as_json: bool) -> None:
-    """List the variables of tessera.env: name, value in force, and meaning."""
-    values = {name: str(env.get(name)) for name in env.VARIABLES}
-    if as_json:
-        print(json.dumps(values))
-    else:
-        _print_rows([(name, f"{value or '(empty)':28} {env.VARIABLES[name].doc}") for name, value in values.items()])
+        print_rows(_readable(description))
 
 
 def _readable(description: dict[str, Any]) -> list[tuple[str, str]]:
@@ -136,9 +127,3 @@ def _readable(description: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:{width}}  {value}")
