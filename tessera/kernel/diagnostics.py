@@ -19,6 +19,9 @@ from collections.abc import Iterable, Sequence
 from tessera.errors import CompileError
 from tessera.kernel.ir import Location, TileTy, Value, ViewTy
 
+# What an expression does to its operands on the way: the note names what they were before.
+_CONVERSIONS = ("load", "cast", "broadcast")
+
 
 class InternalCompilerError(CompileError):
     """The compiler made IR that breaks its own rules: a bug in Tessera, not in the kernel."""
@@ -45,15 +48,21 @@ def _excerpt(loc: Location) -> list[str]:
 
 def _origin(value: Value, here: Location | None) -> str | None:
     """Where an operand comes from; None when it was made by the offending expression itself."""
+    while value.op is not None and value.op.name in _CONVERSIONS and _same_place(value.op.loc, here):
+        value = value.op.operands[0]
     what = f"{value.hint or 'this operand'} is {_type_text(value.type)}"
     loc = value.op.loc if value.op is not None else value.loc
     if loc is None:
         return what if value.hint else None
-    if here is not None and (loc.file, loc.line, loc.column) == (here.file, here.line, here.column):
+    if _same_place(loc, here):
         return None
     place = f"line {loc.line}" if here is not None and loc.file == here.file else str(loc)
     verb = "declared" if value.op is None else "made"
     return f"{what}, {verb} at {place}: {loc.text.strip()}"
+
+
+def _same_place(a: Location | None, b: Location | None) -> bool:
+    return a is not None and b is not None and (a.file, a.line, a.column) == (b.file, b.line, b.column)
 
 
 def _type_text(type_: TileTy) -> str:

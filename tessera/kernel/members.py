@@ -94,9 +94,9 @@ def method_signature(parameters: Sequence[Parameter], values: Sequence[Any],
         widths = _width_names(parameters)
         for p, value in zip(parameters, values):
             if p.kind == "tile" and isinstance(value, torch.Tensor) and value.ndim == len(p.dims) and p.dims:
-                dim = Dim.of(p.dims[-1])
-                if str(dim) in widths:
-                    constants.setdefault(str(dim), int(value.shape[-1]))
+                name, divisor = split_fraction(str(Dim.of(p.dims[-1])))
+                if name in widths:
+                    constants.setdefault(name, int(value.shape[-1]) * divisor)
     fixed = [replace(p, dims=tuple(_fix(d, constants) for d in p.dims)) for p in parameters]
     fixed += [Parameter(m.path, "tile", tuple(m.value.shape)) for m in tensors]
     key = (tuple(m.key for m in members), tuple(constants.items()))

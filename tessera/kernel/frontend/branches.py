@@ -41,7 +41,10 @@ class Branches(Calls):
 
     def hint(self, value: Any, name: str) -> None:
         """Remember the user's name of a value, for messages and generated code."""
-        if isinstance(value, Value) and not value.hint and not self.frame.library:
+        if not isinstance(value, Value) or self.frame.library:
+            return
+        # A tile that was loaded has its parameter's name until the program gives it one.
+        if not value.hint or (value.op is not None and value.op.name == "load"):
             value.hint = name
 
     def branch(self, s: ast.If, condition: Value, rest: list[ast.stmt]) -> None:

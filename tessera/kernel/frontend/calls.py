@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from tessera.kernel import lang
@@ -96,7 +97,7 @@ class Calls(Expressions):
                     raise TypeRuleError(f"math.{function.__name__}: {error}") from None
             if function in _MATH:
                 return _MATH[function](*args, **kwargs)
-        name = getattr(function, "__qualname__", None) or describe(function)
+        name = getattr(function, "__name__", None) or describe(function)
         if not callable(function):
             raise TypeRuleError(f"{describe(function)} is not a function",
                                 *([function] if isinstance(function, Value) else []))
@@ -156,7 +157,7 @@ class Calls(Expressions):
         name = name or getattr(function, "__tile_inplace__", "")
         if not name:
             return None
-        position = list(inspect.signature(function).parameters).index(name)
+        position = list(_signature(function).parameters).index(name)
         given = [k.value for k in node.keywords if k.arg == name] + node.args[position:position + 1]
         if not given or (isinstance(given[0], ast.Name) and self._is_view(given[0].id)):
             return None
@@ -181,7 +182,7 @@ def _bind(function: Callable[..., Any], args: list[Any], kwargs: Mapping[str, An
         TypeRuleError: an argument is missing, unknown or one too many.
     """
     try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound = _signature(function).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeRuleError(f"{name}: {error}; expected {name}{_parameters(function)}") from None
     bound.apply_defaults()
@@ -190,11 +191,16 @@ def _bind(function: Callable[..., Any], args: list[Any], kwargs: Mapping[str, An
 
 def _parameters(function: Callable[..., Any]) -> str:
     parts = []
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in _signature(function).parameters.values():
         star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
         parts.append(f"{star}{parameter.name}{default}")
     return f"({', '.join(parts)})"
+
+
+@lru_cache(maxsize=1024)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _is_hashable(x: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 Names = frozenset[str]
 # The name that a call statement changes and whether its old value does not matter: tile.fill(x, 0) -> (x, True).
@@ -26,9 +27,26 @@ class Exits:
 
 def reads(*nodes: ast.AST | None) -> Names:
     """Names that expressions read."""
-    return frozenset(
-        n.id for node in nodes if node is not None for n in ast.walk(node)
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    return frozenset().union(*(_reads(node) for node in nodes if node is not None))
+
+
+@lru_cache(maxsize=1 << 14)
+def _reads(node: ast.AST) -> Names:
+    return frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+
+
+@lru_cache(maxsize=1 << 12)
+def _writers(statement: ast.stmt) -> list[list[ast.expr] | ast.Call]:
+    """Everything in a statement that may bind names: lists of targets, and calls made as statements."""
+    found: list[list[ast.expr] | ast.Call] = []
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Assign):
+            found.append(node.targets)
+        elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For)):
+            found.append([node.target])
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            found.append(node.value)
+    return found
 
 
 class Liveness:
@@ -113,16 +131,11 @@ class Liveness:
         """Names that statements may bind or change, in order of appearance."""
         found: dict[str, None] = {}
         for statement in statements:
-            for node in ast.walk(statement):
-                targets: list[ast.expr] = []
-                if isinstance(node, ast.Assign):
-                    targets = node.targets
-                elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.NamedExpr)):
-                    targets = [node.target]
-                elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                    change = self.destination(node.value)
-                    targets = [change[0]] if change else []
-                found.update(dict.fromkeys(sorted(self._changed(targets))))
+            for writer in _writers(statement):
+                if isinstance(writer, ast.Call):
+                    change = self.destination(writer)
+                    writer = [change[0]] if change else []
+                found.update(dict.fromkeys(sorted(self._changed(writer))))
         return list(found)
 
     def _changed(self, targets: Iterable[ast.expr]) -> Names:

@@ -57,13 +57,13 @@ class Source:
         return MISSING
 
     def location(self, node: ast.AST) -> Location:
-        """The place of a syntax node; a node of several lines is marked to the end of its first."""
+        """The place of a syntax node; a node of several lines is marked to the end of its first's code."""
         line = getattr(node, "lineno", 1)
         text = self.lines[line - 1] if 0 < line <= len(self.lines) else ""
         column = getattr(node, "col_offset", 0)
         end = getattr(node, "end_col_offset", column + 1)
         if getattr(node, "end_lineno", line) != line:
-            end = len(text.rstrip())
+            end = len(text.split("  #")[0].rstrip())
         if not text.isascii():  # ast counts bytes
             raw = text.encode()
             column, end = len(raw[:column].decode(errors="ignore")), len(raw[:end].decode(errors="ignore"))

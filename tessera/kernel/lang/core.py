@@ -90,7 +90,11 @@ def tile_of(x: Any, dtype: DType | None = None, what: str = "operand") -> Value:
         TypeRuleError: x is neither.
     """
     if isinstance(x, Value):
-        return builder().load(x) if isinstance(x.type, ViewTy) else x
+        if not isinstance(x.type, ViewTy):
+            return x
+        loaded = builder().load(x)
+        loaded.hint = x.hint
+        return loaded
     if isinstance(x, Dim):
         return builder().size(x)
     if is_number(x):

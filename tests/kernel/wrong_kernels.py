@@ -1,0 +1,450 @@
+"""Kernels that must not compile. The comment on a line says the error that is expected there:
+
+    # error: a fragment of the message @ the text that the caret underlines [@ a fragment of a note]
+"""
+# ruff: noqa: E501, F841, B007, RUF059, UP045
+
+import math
+from typing import Optional
+
+import numpy as np
+import torch
+
+import tessera as ts
+from tessera import Tile, bf16, f32, int4, int8, int32, tile
+
+Mat = Tile["S", "D", f32]
+Vec = Tile["D", f32]
+
+
+def helper(a, b):
+    return tile.mma(a, b)  # error: mma: inner dims differ @ tile.mma(a, b) @ called from
+
+
+def forever(a):
+    return forever(a)  # error: recursion cannot be compiled @ forever(a)
+
+
+def no_return(a):
+    pass
+
+
+# -- shapes and dtypes ------------------------------------------------------------------------------
+
+
+@ts.kernel
+def inner_dims(x: Mat, y: Mat, o: Mat):
+    left = tile.load(x)
+    o[:] = tile.mma(left, y)  # error: D against S @ tile.mma(left, y) @ left is f32[S, D], made at line
+
+
+@ts.kernel
+def inner_dims_of_parameters(x: Mat, y: Mat, o: Mat):
+    tile.store(o, x @ y)  # error: mma: inner dims differ @ x @ y
+
+
+@ts.kernel
+def vector_mma(x: Mat, w: Vec, o: Mat):
+    tile.store(o, tile.mma(x, w))  # error: expected at least two axes each @ tile.mma(x, w)
+
+
+@ts.kernel
+def int_meets_float(x: Mat, i: Tile["S", "D", int32], o: Mat):
+    tile.store(o, x + tile.load(i))  # error: add: f32 and int32 do not mix @ x + tile.load(i)
+
+
+@ts.kernel
+def bool_meets_float(x: Mat, o: Mat):
+    mask = x > 0
+    tile.store(o, x * mask)  # error: f32 and bool do not mix @ x * mask @ mask is bool[S, D], made at line
+
+
+@ts.kernel
+def shapes_do_not_fit(x: Mat, y: Tile["S", "E", f32], o: Mat):
+    tile.store(o, tile.add(x, y))  # error: do not fit: D against E @ tile.add(x, y)
+
+
+@ts.kernel
+def row_against_column(x: Mat, w: Tile["S", f32], o: Mat):
+    tile.store(o, x * w)  # error: do not fit: D against S @ x * w @ w is f32[S], declared at line
+
+
+@ts.kernel
+def mma_of_int_and_float(x: Mat, w: Tile["D", "N", int8], o: Tile["S", "N", f32]):
+    tile.store(o, tile.mma(x, w))  # error: mma: f32 x int8 do not mix @ tile.mma(x, w)
+
+
+@ts.kernel
+def wrong_accumulator(x: Mat, w: Tile["D", "N", f32], o: Tile["S", "N", f32]):
+    acc = tile.zeros((4, 4))
+    tile.store(o, tile.mma(x, w, acc))  # error: accumulator is acc: f32[4, 4] @ tile.mma(x, w, acc)
+
+
+@ts.kernel
+def store_of_another_shape(x: Mat, o: Tile["D", "S", f32]):
+    tile.store(o, x)  # error: does not fit o: &f32[D, S] @ tile.store(o, x)
+
+
+@ts.kernel
+def store_of_floats_into_ints(x: Mat, o: Tile["S", "D", int32]):
+    tile.store(o, x)  # error: cast it to int32 first @ tile.store(o, x)
+
+
+@ts.kernel
+def store_into_int4(x: Tile["S", "D", int4], o: Mat):
+    tile.store(x, tile.zeros((x.shape[0], x.shape[1]), int32))  # error: read-only @ tile.store(x, tile.zeros((x.shape[0], x.shape[1]), int32))
+
+
+@ts.kernel
+def exp_of_ints(i: Tile["S", int32], o: Tile["S", f32]):
+    tile.store(o, tile.exp(i))  # error: exp: int32 given; expected a float @ tile.exp(i)
+
+
+@ts.kernel
+def division_of_ints(i: Tile["S", int32], o: Tile["S", int32]):
+    tile.store(o, i / tile.load(i))  # error: div: int32 given; expected floats @ i / tile.load(i)
+
+
+@ts.kernel
+def mean_of_ints(i: Tile["S", int32], o: Tile["S", int32]):
+    o[:] = tile.mean(i)  # error: reduce_mean: int32 given @ tile.mean(i)
+
+
+@ts.kernel
+def reshape_loses_elements(x: Mat, o: Vec):
+    tile.store(o, tile.reshape(x, (x.shape[1],)))  # error: the new shape [D] has D @ tile.reshape(x, (x.shape[1],))
+
+
+@ts.kernel
+def reshape_does_not_divide(x: Tile["S", f32], o: Mat):
+    o[:] = tile.reshape(x, (-1, 3))  # error: which 3 does not divide @ tile.reshape(x, (-1, 3))
+
+
+@ts.kernel
+def split_does_not_divide(x: Mat, o: Mat):
+    a, b, c = tile.split(x, 3)  # error: not known to divide into 3 parts @ tile.split(x, 3)
+    tile.store(o, a)
+
+
+@ts.kernel
+def concat_of_other_dims(x: Mat, y: Tile["T", "E", f32], o: Mat):
+    tile.store(o, tile.concat([x, y], axis=1))  # error: do not join along axis 1 @ tile.concat([x, y], axis=1)
+
+
+@ts.kernel
+def axis_out_of_range(x: Mat, o: Mat):
+    o[:] = tile.sum(x, axis=2)  # error: axis 2 is outside @ tile.sum(x, axis=2)
+
+
+@ts.kernel
+def load_says_another_shape(x: Mat, o: Mat):
+    ctx = tile.context()
+    tile.store(o, tile.load(x, shape=(ctx.D, ctx.S)))  # error: shape= says [D, S] @ tile.load(x, shape=(ctx.D, ctx.S))
+
+
+@ts.kernel
+def transpose_of_a_vector(w: Vec, o: Vec):
+    tile.store(o, w.T)  # error: fewer than two axes @ w.T
+
+
+# -- names and scope --------------------------------------------------------------------------------
+
+
+@ts.kernel
+def unknown_name(x: Mat, o: Mat):
+    tile.store(o, weigth)  # error: unknown name 'weigth' @ weigth
+
+
+@ts.kernel
+def unknown_builtin(x: Mat, o: Mat):
+    tile.store(o, tile.sigmod(x))  # error: tile has no 'sigmod'; did you mean 'sigmoid'? @ tile.sigmod
+
+
+@ts.kernel
+def unknown_size(x: Mat, o: Mat):
+    ctx = tile.context()
+    n = ctx.T  # error: context: no size 'T' @ ctx.T
+    tile.store(o, x)
+
+
+@ts.kernel
+def unknown_method(x: Mat, o: Mat):
+    tile.store(o, x.reshap(-1))  # error: a tile has no 'reshap'; did you mean 'reshape'? @ x.reshap
+
+
+@ts.kernel
+def used_after_loop(x: Mat, o: Mat):
+    for i in range(x.shape[0]):
+        row = tile.load(x[i])
+    tile.store(o[0], row)  # error: 'row' is assigned inside the loop @ row
+
+
+@ts.kernel
+def used_after_grid(x: Mat, o: Mat):
+    for i in tile.grid(x.shape[0]):
+        row = tile.load(x[i])
+    tile.store(o[0], row)  # error: 'row' is assigned inside the parallel loop @ row
+
+
+@ts.kernel
+def assigned_in_one_branch(x: Mat, o: Mat, n: int):
+    if n > 3:
+        y = x * 2.0
+    tile.store(o, y)  # error: 'y' is assigned in only one branch @ y
+
+
+@ts.kernel
+def differs_between_branches(x: Mat, o: Mat, n: int):
+    if n > 3:
+        y = tile.sum(x)
+    else:
+        y = tile.load(x)
+    tile.store(o, y)  # error: the shapes differ @ y
+
+
+@ts.kernel
+def dtype_changes_in_loop(x: Mat, o: Mat):
+    acc = tile.zeros((x.shape[0], x.shape[1]), bf16)
+    for i in tile.range(4):  # error: the dtypes bf16 and f32 differ @ for i in tile.range(4):
+        acc = acc + x
+    tile.store(o, acc)
+
+
+@ts.kernel
+def shape_changes_in_loop(x: Mat, o: Mat):
+    acc = tile.load(x)
+    for i in tile.range(4):  # error: the shapes differ @ for i in tile.range(4):
+        acc = tile.concat([acc, acc])
+    tile.store(o, acc)
+
+
+# -- parallel loops ---------------------------------------------------------------------------------
+
+
+@ts.kernel
+def shared_accumulator(x: Mat, o: Tile[1, f32]):
+    total = 0.0
+    for i in tile.grid(x.shape[0]):  # error: 'total' is changed in a parallel loop @ for i in tile.grid(x.shape[0]):
+        total += tile.sum(x[i])
+    o[0] = total
+
+
+@ts.kernel
+def race(x: Mat, o: Vec):
+    for i in tile.grid(x.shape[0]):
+        tile.store(o, tile.load(x[i]))  # error: write race: every program @ tile.store(o, tile.load(x[i])) @ o is f32[D]
+
+
+@ts.kernel
+def race_on_one_axis(x: Mat, o: Vec):
+    for i, j in tile.grid(x.shape[0], x.shape[1]):
+        o[j] = x[i, j]  # error: does not depend on 'i' @ o[j]
+
+
+@ts.kernel
+def break_in_grid(x: Mat, o: Mat):
+    for i in tile.grid(x.shape[0]):  # error: break in a parallel loop @ for i in tile.grid(x.shape[0]):
+        if i > 3:
+            break
+        o[i] = x[i]
+
+
+@ts.kernel
+def grid_of_floats(x: Mat, o: Mat):
+    for i in tile.grid(2.5):  # error: grid: 2.5 given; expected an int @ tile.grid(2.5)
+        tile.store(o[i], x[i])
+
+
+# -- indices ----------------------------------------------------------------------------------------
+
+
+@ts.kernel
+def too_many_indices(x: Mat, o: Mat):
+    tile.store(o, x[0, 0, 0])  # error: 3 indices given for x @ x[0, 0, 0]
+
+
+@ts.kernel
+def constant_out_of_range(x: Tile["S", 4, f32], o: Tile["S", f32]):
+    tile.store(o, x[:, 4])  # error: index: 4 is outside axis 1 @ x[:, 4]
+
+
+@ts.kernel
+def float_index(x: Mat, o: Mat):
+    tile.store(o[0], x[0.5])  # error: expected an int @ x[0.5]
+
+
+@ts.kernel
+def slice_with_step(x: Mat, o: Mat):
+    tile.store(o, x[:, ::2])  # error: only a step of 1 @ ::2
+
+
+@ts.kernel
+def backwards_slice(x: Mat, o: Mat):
+    tile.store(o, x[5:3])  # error: runs backwards @ x[5:3]
+
+
+@ts.kernel
+def run_time_index_of_a_tuple(x: Mat, o: Mat, n: int):
+    n_rows = x.shape[n]  # error: expected an int known at compile time @ x.shape[n]
+    tile.store(o, x)
+
+
+@ts.kernel
+def writes_a_constant(x: Mat, o: Mat):
+    sizes = (1, 2)
+    sizes[0] = 3  # error: cannot be written to @ sizes[0]
+    tile.store(o, x)
+
+
+@ts.kernel
+def augments_a_parameter(x: Mat, o: Mat):
+    o += x  # error: 'o' is a parameter @ o += x
+
+
+# -- calls ------------------------------------------------------------------------------------------
+
+
+@ts.kernel
+def missing_argument(x: Mat, o: Mat):
+    tile.store(o, tile.maximum(x))  # error: missing a required argument: 'y' @ tile.maximum(x)
+
+
+@ts.kernel
+def unknown_argument(x: Mat, o: Mat):
+    tile.store(o, tile.sum(x, dim=1))  # error: unexpected keyword argument 'dim' @ tile.sum(x, dim=1)
+
+
+@ts.kernel
+def foreign_call(x: Mat, o: Mat):
+    tile.store(o, torch.relu(x))  # error: a call of relu cannot be compiled @ torch.relu(x)
+
+
+@ts.kernel
+def numpy_call(x: Mat, o: Mat):
+    tile.store(o, np.exp(x))  # error: cannot be compiled @ np.exp(x)
+
+
+@ts.kernel
+def error_in_helper(x: Mat, y: Mat, o: Mat):
+    tile.store(o, helper(x, y))
+
+
+@ts.kernel
+def recursion(x: Mat, o: Mat):
+    tile.store(o, forever(x))
+
+
+@ts.kernel
+def result_is_none(x: Mat, o: Mat):
+    tile.store(o, no_return(x))  # error: store: None given @ tile.store(o, no_return(x))
+
+
+@ts.kernel
+def error_in_library(x: Mat, cos: Tile["S", "D", f32], o: Mat):
+    y = tile.rms_norm(x, cos.T)  # error: do not fit: S against D @ tile.rms_norm(x, cos.T)
+    tile.store(o, y)
+
+
+@ts.kernel
+def not_a_function(x: Mat, o: Mat):
+    tile.store(o, x(1))  # error: is not a function @ x(1)
+
+
+@ts.kernel
+def math_domain(x: Mat, o: Mat):
+    tile.store(o, x * math.sqrt(-1.0))  # error: math.sqrt: math domain error @ math.sqrt(-1.0)
+
+
+@ts.kernel
+def dropout_of_everything(x: Mat, o: Mat):
+    tile.store(o, tile.dropout(x, 1.0))  # error: expected 0 <= p < 1 @ tile.dropout(x, 1.0)
+
+
+@ts.kernel
+def static_assertion(x: Tile["S", 4, f32], o: Tile["S", 4, f32]):
+    tile.static_assert(x.shape[1] == 5, "five columns")  # error: static_assert: five columns @ tile.static_assert(x.shape[1] == 5, "five columns")
+    tile.store(o, x)
+
+
+# -- Python that is not of the language -------------------------------------------------------------
+
+
+@ts.kernel
+def comprehension(x: Mat, o: Mat):
+    parts = [x[i] for i in range(2)]  # error: a list comprehension cannot be compiled @ [x[i] for i in range(2)]
+    tile.store(o[0], parts[0])
+
+
+@ts.kernel
+def anonymous_function(x: Mat, o: Mat):
+    f = lambda v: v + 1  # noqa: E731  # error: a lambda cannot be compiled @ lambda v: v + 1
+    tile.store(o, f(x))
+
+
+@ts.kernel
+def try_statement(x: Mat, o: Mat):
+    try:  # error: try cannot be compiled @ try:
+        tile.store(o, x)
+    finally:
+        pass
+
+
+@ts.kernel
+def with_statement(x: Mat, o: Mat):
+    with torch.no_grad():  # error: with cannot be compiled @ with torch.no_grad():
+        tile.store(o, x)
+
+
+@ts.kernel
+def returns_a_tile(x: Mat, o: Mat):  # error: a kernel returns nothing @ def returns_a_tile(x: Mat, o: Mat):
+    return tile.load(x)
+
+
+@ts.kernel
+def returns_in_a_loop(x: Mat, o: Mat):
+    for i in tile.range(x.shape[0]):
+        if x[i, 0] > 0:  # error: return inside a loop @ if x[i, 0] > 0:
+            return
+        o[i] = x[i]
+
+
+@ts.kernel
+def tile_as_condition(x: Mat, o: Mat):
+    if x > 0:  # error: is a tile; reduce it with tile.any or tile.all @ x > 0
+        tile.store(o, x)
+
+
+@ts.kernel
+def unrolls_too_much(x: Mat, o: Mat):
+    for i in tile.static_range(100000):  # error: 100000 iterations to unroll @ tile.static_range(100000)
+        tile.store(o, x)
+
+
+@ts.kernel
+def unpacks_a_tile(x: Mat, o: Mat):
+    a, b = tile.load(x)  # error: cannot be unpacked; expected a tuple of 2 @ a, b
+    tile.store(o, a)
+
+
+@ts.kernel
+def wrong_number_of_names(x: Mat, o: Mat):
+    a, b, c = x.shape  # error: 2 values for 3 names @ a, b, c
+    tile.store(o, x)
+
+
+@ts.kernel
+def compares_none(x: Mat, o: Mat, mask: Optional[Mat] = None):
+    if mask > 0:  # error: gt: None and 0 cannot be compared @ mask > 0
+        tile.store(o, x)
+
+
+@ts.kernel
+def zero_step(x: Mat, o: Mat):
+    for i in tile.range(0, 8, 0):  # error: range: step 0 given @ tile.range(0, 8, 0)
+        o[i] = x[i]
+
+
+@ts.kernel
+def loops_over_a_tile(x: Mat, o: Mat):
+    for row in tile.load(x):  # error: expected tile.grid, tile.range @ tile.load(x)
+        tile.store(o[0], row)
