@@ -87,8 +87,7 @@ def copy(source: Operand, destination: Operand) -> Value | None:
 def fill(destination: Operand, value: Operand) -> Value | None:
     """Set every element of a tile or of a parameter's slice to a scalar."""
     if isinstance(destination, Value) and isinstance(destination.type, ViewTy):
-        builder().store(destination, tile_of(value, what="fill"))
-        return None
+        return store(destination, value)
     target = tile_of(destination, what="fill")
     scalar = tile_of(value, target.type.dtype if target.type.dtype.is_float else None, "fill: value")
     if scalar.type.rank:

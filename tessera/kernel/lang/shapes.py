@@ -51,7 +51,10 @@ def alloc_shared(shape: Any, dtype: Any = f32) -> Value:
 
     Where it lies is the compiler's choice: tiles are values, and the name tells the reader what is meant.
     """
-    return full(shape, 0, dtype)
+    value = full(shape, 0, dtype)
+    assert value.op is not None
+    value.op.attrs["undefined"] = True  # the interpreter reports a read of what was never written
+    return value
 
 
 @builtin
