@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda import memory
 from tessera.kernel.backends.cuda.contract import by_blocks
-from tessera.kernel.backends.cuda.emit import MAX_SINGLE, MAX_TILE, TRITON_TYPE, Emitter, Rule, axis_name
+from tessera.kernel.backends.cuda.emit import MAX_SINGLE, MAX_TILE, TRITON_TYPE, Emitter, Rule, axis_name, param_of
 from tessera.kernel.backends.cuda.rules import converted
 from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
@@ -55,9 +55,9 @@ def _keep_loads(emitter: Emitter, body: ir.Block, position: int) -> None:
     """Before memory changes, take into registers what was loaded from it and is used later."""
     op = body.ops[position]
     writes = [op, *(inner for region in op.regions for inner in ir.walk(region))]
-    written = {memory.param_of(w.operands[0]) for w in writes if w.name in ("store", "atomic_add", "scatter")}
+    written = {param_of(w.operands[0]) for w in writes if w.name in ("store", "atomic_add", "scatter")}
     earlier = [x for x in body.ops[:position]
-               if x.name in ("load", "gather") and memory.param_of(x.operands[0]) in written
+               if x.name in ("load", "gather") and param_of(x.operands[0]) in written
                and x.result not in emitter.pinned]
     if not earlier:
         return
@@ -93,7 +93,7 @@ def _uses(op: ir.Op) -> list[ir.Value]:
 def _write(emitter: Emitter, op: ir.Op, given: Sequence[Index | None] | None) -> None:
     """A store, atomic addition or scatter, in loops over blocks where the tile is large."""
     x = op.operands[-1]
-    pieces = _pieces(x) if op.name == "store" else None
+    pieces = joined_pieces(x) if op.name == "store" else None
     if pieces and (given is None or given[pieces[0]] is None):
         axis, parts, casts = pieces
         low = Dim.of(0)
@@ -104,7 +104,7 @@ def _write(emitter: Emitter, op: ir.Op, given: Sequence[Index | None] | None) ->
     _write_axes(emitter, op, x, given or [None] * x.type.rank, [], -1, Dim.of(0), [])
 
 
-def _pieces(x: ir.Value) -> tuple[int, list[ir.Value], list[ir.Value]] | None:
+def joined_pieces(x: ir.Value) -> tuple[int, list[ir.Value], list[ir.Value]] | None:
     """(axis, pieces, casts to apply) of a concatenation under casts: its pieces are stored one by one."""
     casts: list[ir.Value] = []
     while x.op is not None and x.op.name == "cast":

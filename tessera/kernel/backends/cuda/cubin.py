@@ -39,8 +39,7 @@ def _compile(function: ir.Function, text: KernelText, capability: int) -> bytes:
     aligned: list[Any] = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, argument in enumerate(text.arguments) if argument[0] in ("pointer", "stride")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(text.constants), attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": text.warps, "num_stages": text.stages})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=text.options)
     return compiled.asm["cubin"]
 
 

@@ -58,7 +58,8 @@ class Emitter:
         self.uses_dot = False
         self.block_depth: dict[int, int] = {}
         self.pinned: dict[ir.Value, Val] = {}
-        self.lowered: dict[int, bool] = {}
+        self.written: set[ir.Value] = set()  # parameters that the text has stored to
+        self.reread = _reads_after_writes(function)
         self._axes: dict[tuple[Dim, int], Axis] = {}
         self._home: dict[ir.Value, ir.Block] = {}
         self._values: dict[str, ir.Value] = {}
@@ -71,7 +72,7 @@ class Emitter:
             else:
                 self.scopes.name(param_name(param) + "_ptr")
         for size in function.sizes:
-            self.scopes.name(size)
+            self.scopes.name(size_name(size))
 
     def _index_values(self, block: ir.Block) -> None:
         for value in block.args:
@@ -232,6 +233,7 @@ class Emitter:
             value = self.scalar(self.value_named(atom))
             return value.text, value.depth
         name, divisor = split_fraction(atom)
+        name = size_name(name)
         return (name if divisor == 1 else f"({name} // {divisor})"), 0
 
     # -- combining values ---------------------------------------------------------------------------
@@ -399,6 +401,11 @@ def param_name(param: ir.Param) -> str:
     return param.name.replace(".", "_")
 
 
+def size_name(name: str) -> str:
+    """A named size in generated code: "B*S", bound as a whole, is B_x_S."""
+    return axis_name(Dim.atom(name))
+
+
 def axis_name(dim: Dim) -> str:
     """A name for the positions along a dim."""
     text = str(dim).replace("*", "_x_").replace("/", "_by_").replace("%", "v").replace("+", "_plus_")
@@ -414,6 +421,24 @@ def _dims_of_matrices(function: ir.Function) -> set[Dim]:
             for value in (*op.operands[:2], op.result):
                 dims |= set(value.type.shape[-2:])
     return dims
+
+
+def _reads_after_writes(function: ir.Function) -> set[int]:
+    """Loads (by id) in a loop that also writes their parameter: an iteration may read what the last one wrote."""
+    found: set[int] = set()
+    for loop in ir.walk(function.body):
+        if loop.name in ("for", "while"):
+            inner = [op for region in loop.regions for op in ir.walk(region)]
+            written = {param_of(op.operands[0]) for op in inner if op.name in ("store", "atomic_add", "scatter")}
+            found |= {id(op) for op in inner if op.name in ("load", "gather") and param_of(op.operands[0]) in written}
+    return found
+
+
+def param_of(view: ir.Value) -> ir.Value:
+    """The parameter whose memory a view shows."""
+    while view.op is not None:
+        view = view.op.operands[0]
+    return view
 
 
 __all__ = ["MAX_SINGLE", "MAX_TILE", "TRITON_TYPE", "Emitter", "Rule", "at_most", "axis_name", "depth_of", "literal"]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda import contract, control, memory, plan, rules
-from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name, param_name
+from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name, param_name, size_name
 from tessera.kernel.backends.cuda.helpers import text_of
 from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Index, Val
@@ -35,6 +36,11 @@ class KernelText:
     grid: tuple[tuple[Dim, int], ...] = ()
     warps: int = 4
     stages: int = 3
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's own launch options. Multiplications and additions may contract, as on the other backends."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,12 +201,13 @@ def _arguments(emitter: Emitter, text: str) -> list[tuple[str | int, ...]]:
             found.append(("pointer", number))
         found += [("stride", number, axis) for axis in range(param.value.type.rank)
                   if f"{param_name(param)}_s{axis}" in words]
-    return found + [("size", number) for number, size in enumerate(emitter.function.sizes) if size in words]
+    return found + [("size", number) for number, size in enumerate(emitter.function.sizes)
+                    if size_name(size) in words]
 
 
 def _argument_name(function: ir.Function, argument: tuple[str | int, ...]) -> str:
     kind, number = argument[0], int(argument[1])
     if kind == "size":
-        return function.sizes[number]
+        return size_name(function.sizes[number])
     name = param_name(function.params[number])
     return {"scalar": name, "pointer": f"{name}_ptr"}.get(str(kind), f"{name}_s{argument[-1]}")

@@ -107,7 +107,7 @@ class _Launch:
 
 def launch(kernel: Any, text: KernelText, grid: tuple[int], args: Sequence[Argument], sizes: Sequence[int]) -> None:
     """Start one kernel (jitted or interpreted)."""
-    kernel[grid](*pick(text, args, sizes), **text.constants, num_warps=text.warps, num_stages=text.stages)
+    kernel[grid](*pick(text, args, sizes), **text.constants, **text.options)
 
 
 def pick(text: KernelText, args: Sequence[Argument], sizes: Sequence[int]) -> list[Any]:

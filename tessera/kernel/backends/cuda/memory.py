@@ -15,13 +15,6 @@ from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
 from tessera.types import int4
 
 
-def param_of(view: ir.Value) -> ir.Value:
-    """The parameter whose memory a view shows."""
-    while view.op is not None:
-        view = view.op.operands[0]
-    return view
-
-
 def resolve(emitter: Emitter, view: ir.Value, indices: Sequence[Index]) -> tuple[ir.Param, list[Index]]:
     """A parameter and the indices into it behind the indices into a view of it."""
     while view.op is not None:
@@ -73,6 +66,9 @@ def _load(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted:
     pointer, axes, at = address(emitter, param, wanted)
     mask = in_bounds(emitter, param.value.type, wanted)
     depth = max(depth, at)
+    if id(op) in emitter.reread or param.value in emitter.written:
+        with emitter.scopes.at(depth):
+            emitter.scopes.line("tl.debug_barrier()")  # other threads of this program may have written it
     zero: frozenset[tuple[Axis, object]] = frozenset()
     text = f"tl.load({pointer})"
     if mask is not None:
@@ -126,6 +122,7 @@ def write(emitter: Emitter, op: ir.Op, x: ir.Value, param: ir.Param, wanted: Seq
     if op.name == "store" and not value.axes:
         text = value.text  # tl.store broadcasts a scalar
     condition = f", mask={emitter.filled(mask, axes)}" if mask is not None else ""
+    emitter.written.add(param.value)
     call = "tl.atomic_add" if op.name == "atomic_add" else "tl.store"
     if call == "tl.atomic_add" and axes and not value.axes:
         text = f"tl.full({emitter.shape(axes)}, {value.text}, {param_name(param)}_ptr.dtype.element_ty)"

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from tessera.errors import UnsupportedError
 from tessera.kernel import ir
-from tessera.kernel.backends.cuda import memory
 from tessera.kernel.backends.cuda.contract import by_blocks
-from tessera.kernel.backends.cuda.control import has_effects
-from tessera.kernel.backends.cuda.emit import MAX_TILE, Emitter
+from tessera.kernel.backends.cuda.control import has_effects, joined_pieces
+from tessera.kernel.backends.cuda.emit import MAX_TILE, Emitter, param_of
 from tessera.kernel.backends.cuda.values import next_power_of_2
 from tessera.kernel.dims import Dim
 
@@ -87,12 +86,12 @@ def _check_order(function: ir.Function, found: list[Segment]) -> None:
         for value in _sources([*segment.grids, *segment.effects]):
             op = value.op
             if op is not None and op.name in ("load", "gather") and id(op) in place:
-                param = memory.param_of(op.operands[0])
+                param = param_of(op.operands[0])
                 if written.get(param, -1) > place[id(op)]:
                     raise UnsupportedError(f"{op.loc or 'load'}: cuda: the tile is used after its memory was written")
         for op in ir.walk(ir.Block(ops=[*segment.grids[:1], *segment.effects])):
             if op.name in WRITES:
-                written[memory.param_of(op.operands[0])] = place[id(top)]
+                written[param_of(op.operands[0])] = place[id(top)]
 
 
 def _sources(ops: list[ir.Op]) -> set[ir.Value]:
@@ -127,6 +126,10 @@ def program_blocks(emitter: Emitter, segment: Segment) -> list[int]:
         return []  # the program's own grid and tiles fit its matrices
     reduced = {v.op.operands[0].type.shape[v.op.attrs["axis"]] for v in values
                if v.op is not None and v.op.name in ("reduce", "scan", "sort")}
+    # The pieces of a concatenation are written one by one, each over all of its axis.
+    joined = {op.operands[-1].type.shape[pieces[0]] for op in segment.effects
+              if op.name == "store" and (pieces := joined_pieces(op.operands[-1]))}
+    reduced |= joined
     blocks = _matrix_blocks(emitter, x, reduced) if matrices else _row_blocks(emitter, x, reduced)
     return [size if can else 0 for size, can in zip(blocks, free)]
 
@@ -151,7 +154,8 @@ def _row_blocks(emitter: Emitter, x: ir.Value, reduced: set[Dim]) -> list[int]:
     for axis in range(x.type.rank - 1, -1, -1):
         if x.type.shape[axis] in reduced:
             continue
-        size = emitter.bound(x.type.shape[axis]) if room > 1 else None
+        # How many rows a program takes must not depend on how many there are: neither do their sums then.
+        size = emitter.bound(x.type.shape[axis]) if room > 1 and (axis or not reduced) else None
         blocks[axis] = max(1, min(room, size or room))
         room //= blocks[axis]
     return blocks

@@ -1,0 +1,138 @@
+"""What the generated text looks like, and that ptxas takes it for sm_90, with no GPU."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera.errors import UnsupportedError
+from tessera.kernel.backends import cuda
+from tessera.kernel.dims import Dim
+from tessera.types import bf16, f32, f64
+
+from ..programs import Program
+from .test_interpreted import rms_norm
+
+_SPEC = importlib.util.spec_from_file_location(
+    "documents", Path(__file__).parents[3] / "examples" / "kernels_of_the_documents.py")
+doc = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(doc)
+SIZES = {"S": 256, "D": 64, "H": 4, "V": 5000, "D_ff": 96, "block_size": 16}
+
+
+def text(program: Program, **sizes: int) -> str:
+    return cuda.build(program.function, sizes).source
+
+
+def test_a_row_that_fits_is_loaded_once_and_a_longer_one_is_looped_over():
+    short, long = text(rms_norm(bf16), S=9, D=1000), text(rms_norm(bf16), S=9, D=50_000)
+    assert short.count("tl.load(x_ptr") == 1 and "for " not in short
+    assert long.count("tl.load(x_ptr") == 2 and long.count("for ") == 2
+
+
+def test_the_text_does_not_depend_on_how_many_rows_there_are():
+    compiled = cuda.Compiled(rms_norm(f32).function)
+    sources = {compiled.texts([], [1000, rows]).source for rows in (1, 7, 64, 100_000)}
+    assert len(sources) == 1
+
+
+def test_halves_are_loaded_and_stored_where_they_lie():
+    """Slices and concatenations are index arithmetic: no tensor is built of both halves."""
+    p = Program("swap")
+    x = p.load(p.tensor("x", ["S", "2*H"], f32))
+    half = Dim.of("H")
+    parts = [p.slice(x, [("all",), ("range", 1, half, None)], [p.size(start)]) for start in (half, Dim.of(0))]
+    p.output("out", p.concat(parts, 1))
+    source = text(p, S=5, H=33)
+    assert source.count("tl.load(") == source.count("tl.store(") == 2 and "tl.where" not in source
+
+
+def test_names_and_lines_of_the_source_are_kept():
+    source = doc.rms_norm_kernel.source("cuda")
+    ast.parse(source)
+    for expected in ("def rms_norm_kernel(", "x_f32 = ", ": x_squared = tile.mul(x_f32, x_f32)"):
+        assert expected in source
+
+
+def test_what_cannot_be_expressed_names_the_line():
+    p = Program()
+    values, _ = p.sort(p.load(p.tensor("x", ["D"], f64)))
+    p.output("out", values)
+    with pytest.raises(UnsupportedError, match=r"made\.py:1: made: cuda: sort: f64 cannot be sorted"):
+        text(p, D=8)
+
+
+def cubins(kernel, **arguments) -> list[bytes]:
+    function = kernel.trace(**arguments)
+    return cuda.compile_to_cubin(function, {name: SIZES.get(name, 128) for name in function.sizes})
+
+
+def check(kernel, **arguments) -> None:
+    for code in cubins(kernel, **arguments):
+        assert code[:4] == b"\x7fELF"
+
+
+def test_cubin_of_embedding_and_cross_entropy():
+    check(doc.casted_embedding_kernel)
+    check(doc.stable_cross_entropy_kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rms_norm_kernel", "swiglu_fused_kernel", "rotary_embedding_kernel",
+                                  "int8_linear_kernel", "sparse_embedding_kernel",
+                                  "fused_softmax_cross_entropy_kernel"])
+def test_cubin_of_the_document_kernels(name):
+    check(getattr(doc, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+def test_cubin_of_flash_attention(causal):
+    check(doc.flash_attention_kernel, is_causal=causal, scale=0.125)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sort", "cumsum", "argmax", "tanh"])
+def test_cubin_of_row_operations(kind):
+    p = Program(kind)
+    x = p.load(p.tensor("x", ["S", "D"], f32))
+    made = {"sort": lambda: p.sort(x, descending=True)[0], "cumsum": lambda: p.scan("cumsum", x),
+            "argmax": lambda: p.reduce("argmax", x), "tanh": lambda: p.unary("tanh", x)}[kind]()
+    p.output("out", made)
+    assert all(code[:4] == b"\x7fELF" for code in cuda.compile_to_cubin(p.function, {"S": 8, "D": 100}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (33, 1000), (5, 131072)])
+def test_rms_norm_on_the_gpu(rows, width):
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    weight, out = torch.randn(width, device="cuda"), torch.empty_like(x)
+    doc.rms_norm_kernel(x, weight, out, 1e-5)
+    expected = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("length", [7, 150, 1024])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_on_the_gpu_and_in_a_graph(length, causal):
+    q, k, v = (torch.randn(6, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = torch.empty_like(q)
+
+    def run() -> None:
+        doc.flash_attention_kernel(q, k, v, out, is_causal=causal, scale=0.125)
+
+    run()
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+    torch.testing.assert_close(out.double(), expected, rtol=2**-6, atol=2**-6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    first = out.clone()
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, first)
