@@ -20,7 +20,7 @@ _environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
 _BACKEND: Any = "TESSERA_BACKEND" if _environment is os.environ or os.name == "nt" else b"TESSERA_BACKEND"
 
 
-def make_launcher(signature: Signature, table: dict[Any, Callable[..., None]], slow: Callable[..., Any],
+def make_launcher(signature: Signature, table: Mapping[Any, Callable[..., None]], slow: Callable[..., Any],
                   empty: Callable[..., None]) -> Callable[..., None]:
     """The launch function.
 

@@ -142,7 +142,7 @@ class Kernel:
 
     def _static_parameters(self, pattern: tuple[Any, ...]) -> list[Parameter]:
         absent = {item for item in pattern if isinstance(item, str)}
-        ranks = dict(item for item in pattern if isinstance(item, tuple))
+        ranks: dict[str, int] = dict(item for item in pattern if isinstance(item, tuple))
         result = []
         for p in self.parameters:
             if p.kind == "self":

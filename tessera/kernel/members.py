@@ -55,10 +55,10 @@ def members_of(instance: Any, source: Source) -> list[Member]:
                 if not hasattr(value, name):
                     break
                 value, dotted = getattr(value, name), f"{dotted}.{name}"
-                if isinstance(value, types.MethodType) and value.__func__ not in seen:
-                    seen.add(value.__func__)
-                    if value.__self__ is instance:
-                        visit(_paths(source_of(value.__func__).tree))
+                function = getattr(value, "__func__", None)
+                if isinstance(function, types.FunctionType) and value.__self__ is instance and function not in seen:
+                    seen.add(function)
+                    visit(_paths(source_of(function).tree))
                 if isinstance(value, (torch.Tensor, *_CONSTANTS)):
                     found[dotted] = Member(dotted, value)
                     break

@@ -60,7 +60,7 @@ class Calls(Expressions):
             kwargs[keyword.arg] = self.eval(keyword.value)
         return args, kwargs
 
-    def _receiver(self, node: ast.Call, method: types.MethodType) -> Any:
+    def _receiver(self, node: ast.Call, method: Any) -> Any:
         if isinstance(node.func, ast.Attribute):
             owner = self.eval(node.func.value)
             if isinstance(owner, SelfObject):
@@ -89,15 +89,15 @@ class Calls(Expressions):
         return self._math(function, args, kwargs)
 
     def _math(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if getattr(math, getattr(function, "__name__", ""), None) is function:
+        name = getattr(function, "__name__", None) or describe(function)
+        if callable(function) and getattr(math, name, None) is function:
             if all(is_number(a) for a in args):
                 try:
                     return function(*args, **kwargs)
                 except (ArithmeticError, ValueError, TypeError) as error:
-                    raise TypeRuleError(f"math.{function.__name__}: {error}") from None
+                    raise TypeRuleError(f"math.{name}: {error}") from None
             if function in _MATH:
                 return _MATH[function](*args, **kwargs)
-        name = getattr(function, "__name__", None) or describe(function)
         if not callable(function):
             raise TypeRuleError(f"{describe(function)} is not a function",
                                 *([function] if isinstance(function, Value) else []))
@@ -192,7 +192,7 @@ def _bind(function: Callable[..., Any], args: list[Any], kwargs: Mapping[str, An
 def _parameters(function: Callable[..., Any]) -> str:
     parts = []
     for parameter in _signature(function).parameters.values():
-        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        star = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
         parts.append(f"{star}{parameter.name}{default}")
     return f"({', '.join(parts)})"

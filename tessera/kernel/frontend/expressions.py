@@ -166,12 +166,11 @@ class Expressions:
         """left op right."""
         if isinstance(op, ast.MatMult):
             return lang.mma(left, right)
-        if isinstance(left, (tuple, list)) and isinstance(op, ast.Add) and type(left) is type(right):
-            return left + right
+        for kind in (tuple, list, str):
+            if isinstance(left, kind) and isinstance(right, kind) and isinstance(op, ast.Add):
+                return left + right  # type: ignore[operator]
         if isinstance(left, (tuple, list)) and isinstance(op, ast.Mult) and isinstance(right, int):
             return left * right
-        if isinstance(left, str) and isinstance(right, str) and isinstance(op, ast.Add):
-            return left + right
         return binary(_BINARY[type(op)], left, right)
 
     def _UnaryOp(self, node: ast.UnaryOp) -> Any:

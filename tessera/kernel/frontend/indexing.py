@@ -116,7 +116,7 @@ def write(base: Value, items: Sequence[Any], x: Any) -> Value:
 def _write_elements(base: Value, index: Index, value: Value) -> Value:
     """A loop nest that inserts element by element; the rows past a ragged end are left alone."""
     make = builder()
-    counts = []
+    counts: list[Value] = []
     for axis, entry in enumerate(index.spec):
         if entry[0] != "at":
             extent = base.type.shape[axis] if entry[0] == "all" else entry[2] if entry[3] is None else entry[3]

@@ -72,10 +72,10 @@ class Loops(Branches):
             raise self.error(f"for: {describe(space)} given; expected tile.grid, tile.range, range or a tuple", s.iter)
         if space.kind == "static":
             with self.at(s.iter):
-                bounds = [int_of(b, "static_range") for b in space.bounds]
-                if not bounds[2]:
+                start, stop, step = (int_of(b, "static_range") for b in space.bounds)
+                if not step:
                     raise TypeRuleError("static_range: the step is 0")
-            return self._unrolled(s, list(range(*bounds)), after)
+            return self._unrolled(s, list(range(start, stop, step)), after)
         nested = any(frame.scope.kind in ("loop", "grid") for frame in self.frames)
         if space.kind in ("grid", "thread") and not nested:
             self._grid(s, space, after)

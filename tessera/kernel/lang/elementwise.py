@@ -172,7 +172,7 @@ def logical_or(x: Operand, y: Operand) -> Value:
 
 
 @builtin
-def logical_not(x: Operand) -> Value:
+def logical_not(x: Operand) -> Value | bool:
     """not x, elementwise on bools."""
     return (not x) if isinstance(x, bool) else unary("not", x)
 
@@ -204,7 +204,7 @@ def cast(x: Operand, dtype: Any) -> Value:
 
 
 @builtin
-def neg(x: Operand) -> Value:
+def neg(x: Operand) -> Value | Dim:
     """-x."""
     return -x if isinstance(x, Dim) else unary("neg", x, operator.neg)
 

@@ -98,4 +98,4 @@ def flash_attention(q, k, v, causal=False, scale=None, dropout=0.0, seed=0):
 
 
 # Called as a statement, it changes the scores that it is given.
-apply_causal_mask.__tile_inplace__ = "scores"
+setattr(apply_causal_mask, "__tile_inplace__", "scores")  # noqa: B010

@@ -130,7 +130,7 @@ def dropout(x: Operand, p: Operand, seed: Operand = 0, offset: Operand | None = 
         offset: int tile or scalar added to each element's index, so that blocks of one tensor differ.
     """
     value = tile_of(x, what="dropout")
-    if is_number(p) and not 0 <= p < 1:
+    if isinstance(p, (int, float)) and not 0 <= p < 1:
         raise TypeRuleError(f"dropout: p={p} given; expected 0 <= p < 1", value)
     if is_number(p) and p == 0:
         return value
