@@ -563,7 +563,7 @@ class FusedTransformerLayer:
 
 def linear(x, weight, weight_scale):
     """x @ weight.T, each column times its scale: what `tile.mma(x, weight)` means for an int8 weight."""
-    product = tile.mma(x, tile.transpose(tile.cast(weight, bf16)))
+    product = tile.mma(x, tile.transpose(tile.cast(weight, f32)))
     return product * tile.transpose(tile.load(weight_scale))
 
 

@@ -17,7 +17,19 @@ _SPEC = importlib.util.spec_from_file_location(
 doc = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(doc)
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on_backends(names: str, *cases):
+    """Parametrize over backends and sizes; under Triton's slow interpreter all but the second size are slow tests."""
+    params = []
+    for backend in BACKENDS:
+        for number, case in enumerate(cases):
+            slow = backend == "triton-interpreter" and number != min(1, len(cases) - 1)
+            values = case if isinstance(case, tuple) else (case,)
+            params.append(pytest.param(backend, *values, marks=[pytest.mark.slow] if slow else []))
+    return pytest.mark.parametrize(["backend", *names.split()], params)
+
+
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 
@@ -37,7 +49,7 @@ def near(actual: torch.Tensor, expected: torch.Tensor, size: float = 1.0) -> Non
 
 
 @dtypes
-@pytest.mark.parametrize("rows", SIZES)
+@on_backends("rows", *SIZES)
 @pytest.mark.parametrize("width", [1, 33, 1000])
 def test_rms_norm(backend, dtype, rows, width):
     if rows * width > 100_000:
@@ -50,7 +62,7 @@ def test_rms_norm(backend, dtype, rows, width):
 
 
 @dtypes
-@pytest.mark.parametrize(("rows", "width", "hidden"), [(1, 7, 33), (33, 16, 7), (130, 65, 100), (1000, 24, 40)])
+@on_backends("rows width hidden", (1, 7, 33), (33, 16, 7), (130, 65, 100), (1000, 24, 40))
 def test_swiglu(backend, dtype, rows, width, hidden):
     x = draw(rows, width, dtype=dtype)
     gate, up = (draw(width, hidden, seed=s, dtype=dtype, scale=width**-0.5) for s in (1, 2))
@@ -70,7 +82,7 @@ def attention(q, k, v, scale, bias=0.0, causal=False):
 
 
 @dtypes
-@pytest.mark.parametrize("length", [1, 7, 33, 150])
+@on_backends("length", 1, 7, 33, 150)
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_attention(backend, dtype, length, causal):
     q, k, v = (draw(3, length, 16, seed=s, dtype=dtype) for s in range(3))
@@ -79,7 +91,7 @@ def test_flash_attention(backend, dtype, length, causal):
     near(out, attention(q, k, v, 0.25, causal=causal), 4)
 
 
-@pytest.mark.parametrize("length", [33, 100])
+@on_backends("length", 100, 33)
 def test_flash_attention_with_an_additive_mask(backend, length):
     q, k, v = (draw(2, length, 8, seed=s, dtype=torch.bfloat16) for s in range(3))
     mask = draw(length, length, seed=3)
@@ -88,9 +100,9 @@ def test_flash_attention_with_an_additive_mask(backend, length):
     near(out, attention(q, k, v, 0.5, bias=mask.double()), 4)
 
 
-def test_flash_attention_with_dropout_keeps_the_mean(backend):
+@on_backends("length", 256, 80)
+def test_flash_attention_with_dropout_keeps_the_mean(backend, length):
     """With values of one the output is the share of kept weight over 1 - p, whose mean is 1."""
-    length = 256
     q, k = (draw(4, length, 8, seed=s) for s in range(2))
     v = torch.ones(4, length, 8)
     out = torch.full_like(q, torch.nan)
@@ -98,7 +110,8 @@ def test_flash_attention_with_dropout_keeps_the_mean(backend):
     launch(kernel, backend, q, k, v, out, dropout_p=0.25, scale=0.1, seed=7)
     rows = out[..., 0]
     assert torch.equal(rows[..., None].expand(out.shape), out)
-    assert abs(rows.mean() - 1) < 0.01 and 0.02 < rows.std() < 0.06  # sqrt(p / (1 - p) / length) = 0.036
+    spread = (0.25 / 0.75 / length) ** 0.5
+    assert abs(rows.mean() - 1) < 0.01 and 0.6 * spread < rows.std() < 1.6 * spread
     assert rows.unique().numel() > 0.9 * rows.numel()  # no two blocks share a pattern
     again = torch.full_like(q, torch.nan)
     launch(kernel, backend, q, k, v, again, dropout_p=0.25, scale=0.1, seed=7)
@@ -106,7 +119,7 @@ def test_flash_attention_with_dropout_keeps_the_mean(backend):
 
 
 @dtypes
-@pytest.mark.parametrize("length", SIZES)
+@on_backends("length", *SIZES)
 @pytest.mark.parametrize("width", [2, 34])
 def test_rotary_embedding(backend, dtype, length, width):
     x = draw(length, 3, width, dtype=dtype)
@@ -120,7 +133,7 @@ def test_rotary_embedding(backend, dtype, length, width):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", SIZES)
+@on_backends("rows", *SIZES)
 def test_casted_embedding(backend, dtype, rows):
     table = draw(50, 33, scale=2).to(torch.float8_e4m3fn)
     indices = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(rows)).int()
@@ -129,7 +142,7 @@ def test_casted_embedding(backend, dtype, rows):
     near(out, table.double()[indices.long()] * torch.tensor(0.7).double())
 
 
-@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 7, 33), (7, 33, 5), (33, 100, 40)])
+@on_backends("rows inner outer", (1, 7, 33), (7, 33, 5), (33, 100, 40))
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_int8_linear(backend, rows, inner, outer, with_bias):
     bits = torch.Generator().manual_seed(rows)
@@ -141,7 +154,7 @@ def test_int8_linear(backend, rows, inner, outer, with_bias):
     near(out, (scaled + bias if with_bias else scaled) * 0.5, 2)
 
 
-@pytest.mark.parametrize(("rows", "block", "blocks_in_row"), [(1, 4, 1), (7, 4, 5), (33, 16, 3)])
+@on_backends("rows block blocks_in_row", (1, 4, 1), (7, 4, 5), (33, 16, 3))
 def test_sparse_embedding(backend, rows, block, blocks_in_row):
     """A table of 12 rows, each of `blocks_in_row` places for blocks of block * block elements, half of them filled."""
     bits = torch.Generator().manual_seed(rows)
@@ -166,7 +179,7 @@ def test_sparse_embedding(backend, rows, block, blocks_in_row):
 
 @dtypes
 @pytest.mark.parametrize("rows", [1, 33])
-@pytest.mark.parametrize("vocabulary", SIZES)
+@on_backends("vocabulary", *SIZES)
 def test_stable_cross_entropy(backend, dtype, rows, vocabulary):
     logits = draw(rows, vocabulary, dtype=dtype, scale=30)
     targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(0)).int()
@@ -178,7 +191,7 @@ def test_stable_cross_entropy(backend, dtype, rows, vocabulary):
 
 
 @dtypes
-@pytest.mark.parametrize("classes", [1, 7, 33, 300])
+@on_backends("classes", 1, 7, 33, 300)
 def test_fused_softmax_cross_entropy(backend, dtype, classes):
     logits = draw(5, classes, dtype=dtype, scale=3)
     targets = torch.randint(0, classes, (5,), generator=torch.Generator().manual_seed(0)).int()
@@ -196,7 +209,7 @@ def dequantized(layer) -> torch.Tensor:
 
 
 @dtypes
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 7), (3, 33)])
+@on_backends("batch length", (1, 1), (2, 7), (3, 33))
 def test_fused_attention_block(backend, dtype, batch, length):
     torch.manual_seed(length)
     width, heads = 24, 3
@@ -215,7 +228,7 @@ def test_fused_attention_block(backend, dtype, batch, length):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", [1, 7, 33, 200])
+@on_backends("rows", 1, 7, 33, 200)
 def test_fused_mlp_block(backend, dtype, rows):
     torch.manual_seed(rows)
     layer = doc.FusedTransformerLayer(24, 3)
@@ -226,10 +239,8 @@ def test_fused_mlp_block(backend, dtype, rows):
     near(out, (torch.nn.functional.silu(gate) * up) @ dequantized(layer.mlp_down).T, 4)
 
 
-def test_an_index_outside_the_vocabulary_is_an_error_on_interp(backend):
-    if backend != "interp":
-        pytest.skip("only the interpreter checks every access")
+def test_an_index_outside_the_vocabulary_is_an_error_on_interp():
     out = torch.zeros(1, 4, dtype=torch.bfloat16)
     with pytest.raises(LaunchError, match=r"embeddings.*index 9 of an axis of 5"):
-        launch(doc.casted_embedding_kernel, backend, torch.tensor([9], dtype=torch.int32),
+        launch(doc.casted_embedding_kernel, "interp", torch.tensor([9], dtype=torch.int32),
                torch.zeros(5, 4).to(torch.float8_e4m3fn), out, 1.0)
