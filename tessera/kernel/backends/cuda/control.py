@@ -77,10 +77,10 @@ def _keep_loads(emitter: Emitter, body: ir.Block, position: int) -> None:
         if elements > MAX_SINGLE:
             raise emitter.unsupported(read, "the tile is used after its memory is written; it is too large to keep")
         indices = emitter.whole(read.result)
-        value = emitter.emit(read.result, indices)
-        if value.axes != order(indices):
-            value = emitter.assign("kept", emitter.filled(value, order(indices)), order(indices), value.depth)
-        emitter.pin(read.result, value)
+        kept = emitter.emit(read.result, indices)
+        if kept.axes != order(indices):
+            kept = emitter.assign("kept", emitter.filled(kept, order(indices)), order(indices), kept.depth)
+        emitter.pin(read.result, kept)
 
 
 def _uses(op: ir.Op) -> list[ir.Value]:

@@ -188,6 +188,8 @@ class Emitter:
     def mask(self, axis: Axis, limit: Dim) -> Val | None:
         """`offsets < limit` on one axis; None where every position counts."""
         parts = minimum_parts(limit)
+        if axis.blocked and limit.const is not None and limit.const % axis.size == 0:
+            return None  # blocks begin at multiples of their size
         if not axis.blocked:
             if any(part.const is not None and part.const >= axis.size for part in parts[1:]):
                 kept = [part for part in parts[1:] if part.const is None or part.const < axis.size]

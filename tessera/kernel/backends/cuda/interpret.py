@@ -133,10 +133,10 @@ def _replace_libdevice() -> None:
             return tl.tensor(TensorHandle(data, tensor.handle.dtype), type_)
         return call
 
-    for name, function in {"tanh": np.tanh, "expm1": np.expm1, "log1p": np.log1p, "rint": np.rint}.items():
-        setattr(libdevice, name, unary(function))
-    for name, function in {"pow": np.power, "fmod": np.fmod}.items():
-        setattr(libdevice, name, binary(function))
+    for name, of_one in {"tanh": np.tanh, "expm1": np.expm1, "log1p": np.log1p, "rint": np.rint}.items():
+        setattr(libdevice, name, unary(of_one))
+    for name, of_two in {"pow": np.power, "fmod": np.fmod}.items():
+        setattr(libdevice, name, binary(of_two))
 
 
 def _round_as_the_hardware_does() -> None:
@@ -154,6 +154,15 @@ def _round_as_the_hardware_does() -> None:
         return rounded.view(bits[rounded.element_size()]).numpy().reshape(data.shape)
 
     interpreter._convert_float = convert
+    plain = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, x: Any, type_: Any) -> Any:
+        """Ints to bf16 and back by way of f32: the interpreter would take the number for the bits."""
+        if tl.bfloat16 in (x.dtype.scalar, type_.scalar) and x.dtype.scalar != type_.scalar:
+            x = plain(self, x, tl.float32)
+        return plain(self, x, type_)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
     dot = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:

@@ -84,9 +84,9 @@ def _kernel(emitter: Emitter, segment: plan.Segment, name: str) -> KernelText:
     emitter.block_depth[id(emitter.function.body)] = 0
     for grid in segment.grids:
         emitter.block_depth[id(grid.regions[0])] = 0
-    grid = _programs(emitter, segment)
-    control.block(emitter, segment.body, grid.presets, {id(op) for op in segment.effects})
-    lines = [*grid.lines, *emitter.scopes.stack[0].lines]
+    programs = _programs(emitter, segment)
+    control.block(emitter, segment.body, programs.presets, {id(op) for op in segment.effects})
+    lines = [*programs.lines, *emitter.scopes.stack[0].lines]
     text = "\n".join(lines)
     arguments = _arguments(emitter, text)
     names = [_argument_name(emitter.function, argument) for argument in arguments]
@@ -100,7 +100,7 @@ def _kernel(emitter: Emitter, segment: plan.Segment, name: str) -> KernelText:
     source = "\n".join([*header, needs, "", jit, f"def {name}({', '.join(names)}):",
                         *(INDENT + line for line in lines or ["pass"]), ""])
     return KernelText(name=name, source=source, arguments=tuple(arguments), constants=dict(emitter.constants),
-                      grid=tuple(grid.sizes), warps=_warps(emitter), stages=_stages(emitter))
+                      grid=tuple(programs.sizes), warps=_warps(emitter), stages=_stages(emitter))
 
 
 def _warps(emitter: Emitter) -> int:

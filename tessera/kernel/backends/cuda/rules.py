@@ -253,7 +253,8 @@ def _groups(left: tuple[Dim, ...], right: tuple[Dim, ...]) -> list[tuple[list[in
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(left) or j < len(right):
-        mine, theirs = [], []
+        mine: list[int] = []
+        theirs: list[int] = []
         a = b = Dim.of(1)
         while True:
             if (not mine or _fewer(a, b)) and i < len(left):

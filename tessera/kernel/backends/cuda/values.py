@@ -8,6 +8,7 @@ indices range over. An index without an axis is a scalar, and its dim does not e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tessera.kernel.dims import Dim, Term
@@ -84,12 +85,12 @@ class Index:
         return replace(self, value=value, start=start)
 
 
-def order(indices: list[Index] | tuple[Index, ...]) -> tuple[Axis, ...]:
+def order(indices: Sequence[Index]) -> tuple[Axis, ...]:
     """The axes of a demand, in the order in which its indices name them."""
     return tuple(dict.fromkeys(axis for index in indices for axis in index.axes))
 
 
-def depth_of(indices: list[Index] | tuple[Index, ...]) -> int:
+def depth_of(indices: Sequence[Index]) -> int:
     """The innermost scope that the indices need."""
     return max((index.depth for index in indices), default=0)
 
