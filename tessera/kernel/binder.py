@@ -30,8 +30,36 @@ def make_launcher(signature: Signature, table: Mapping[Any, Callable[..., None]]
         empty: (compiled, arguments, sizes) -> None, called when a size is 0.
     """
     space: dict[str, Any] = {"_table": table, "_slow": slow, "_empty": empty, "_environment": _environment.get}
-    exec(compile(source_text(signature, space), f"<launch of {signature.name}>", "exec"), space)
-    return space["launch"]
+    return _function(signature.name, source_text(signature, space), space)
+
+
+def make_dispatcher(name: str, parameters: Sequence[Parameter],
+                    make: Callable[[tuple[str, ...]], Callable[..., None]]) -> Callable[..., None]:
+    """The launch function of a kernel with optional arguments: picks the variant by which of them are None.
+
+    Args:
+        make: (names of the arguments that are None) -> the variant's launch function; called once for each.
+    """
+    optional = [p.name for p in parameters if p.optional]
+    table: dict[tuple[bool, ...], Callable[..., None]] = {}
+
+    def add(pattern: tuple[bool, ...]) -> Callable[..., None]:
+        table[pattern] = make(tuple(n for n, absent in zip(optional, pattern) if absent))
+        return table[pattern]
+
+    space: dict[str, Any] = {"_table": table, "_add": add}
+    pattern = _tuple([f"{n} is None" for n in optional])
+    text = (f"def launch({', '.join(_header(parameters, space))}):\n"
+            f"    _pattern = {pattern}\n"
+            f"    (_table.get(_pattern) or _add(_pattern))({', '.join(p.name for p in parameters)})\n")
+    return _function(name, text, space)
+
+
+def _function(name: str, text: str, space: dict[str, Any]) -> Callable[..., None]:
+    exec(compile(text, f"<launch of {name}>", "exec"), space)
+    launch = space["launch"]
+    launch.__name__ = launch.__qualname__ = name  # what Python's own messages about arguments say
+    return launch
 
 
 def source_text(signature: Signature, space: dict[str, Any]) -> str:

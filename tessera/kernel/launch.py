@@ -19,12 +19,12 @@ import torch
 from tessera import env
 from tessera.errors import InputError, LaunchError
 from tessera.kernel import backends, frontend
-from tessera.kernel.binder import make_launcher
+from tessera.kernel.binder import make_dispatcher, make_launcher
 from tessera.kernel.dims import Dim
 from tessera.kernel.frontend import Argument
 from tessera.kernel.frontend.source import Source, source_of
 from tessera.kernel.ir import Function
-from tessera.kernel.members import Member, members_of, method_signature
+from tessera.kernel.members import Member, fix_sizes, members_of, read_widths, width_axes
 from tessera.kernel.schedule import flatten
 from tessera.kernel.signature import (
     EMPTY,
@@ -41,6 +41,7 @@ class Kernel:
     """A function of the tile language, compiled on demand.
 
     Calling it with tensors launches it. `ir`, `source` and `check` show or check what it compiles to.
+    Globals and closure variables that the function reads are constants: they are read when it is compiled.
     """
 
     def __init__(self, function: types.FunctionType, *, name: str | None = None,
@@ -52,6 +53,7 @@ class Kernel:
         self.retypes = dict(retypes or {})
         self.__tile_kernel__ = self
         self._variants: dict[Any, Variant] = {}
+        self._static: dict[Any, tuple[list[Parameter], list[tuple[int, str, int]]]] = {}
         self._lock = threading.RLock()
         self._launch: Callable[..., None] = self._first_launch
 
@@ -70,14 +72,17 @@ class Kernel:
         return self if instance is None or not self.is_method else BoundKernel(self, instance)
 
     def _first_launch(self, *args: Any, **kwargs: Any) -> None:
-        """Choose the launch path: kernels whose parameters never vary in kind have one generated function."""
-        if any(p.kind == "self" or p.has_ellipsis or p.optional for p in self.parameters):
+        """Choose the launch path: generated functions, where ranks and `self` do not vary from call to call."""
+        if any(p.kind == "self" or p.has_ellipsis for p in self.parameters):
             self._launch = self._launch_varying
+            return self._launch(*args, **kwargs)
+        if any(p.optional for p in self.parameters):
+            self._launch = make_dispatcher(self.name, self.parameters, lambda absent: self.variant(absent).launch)
         else:
             self._launch = self.variant(()).launch
-            # Through a class of its own a call goes straight to the generated function, without packing the
-            # arguments a second time: 0.4 of the 4 microseconds of a launch.
-            self.__class__ = type("Kernel", (Kernel,), {"__call__": staticmethod(self._launch)})
+        # Through a class of its own a call goes straight to the generated function, without packing the
+        # arguments a second time: 0.4 of the 4 microseconds of a launch.
+        self.__class__ = type("Kernel", (Kernel,), {"__call__": staticmethod(self._launch)})
         return self._launch(*args, **kwargs)
 
     def _launch_varying(self, *args: Any, **kwargs: Any) -> None:
@@ -122,14 +127,24 @@ class Kernel:
                 pattern.append((p.name, value.ndim - len(p.dims) + 1))
         if not found and not self.is_method:
             return self.variant(tuple(pattern)), []
-        parameters, constants, key = method_signature(
-            self._static_parameters(tuple(pattern)), values[1:], found)
+        return self._method_variant(tuple(pattern), found, values), [m.value for m in found if m.is_tensor]
+
+    def _method_variant(self, pattern: tuple[Any, ...], found: Sequence[Member], values: Sequence[Any]) -> Variant:
+        """The variant for what `self` holds: its tensors' sizes, and the widths that they meet, are fixed."""
         with self._lock:
-            variant = self._variants.get((*pattern, key))
+            known = self._static.get(pattern)
+            if known is None:
+                parameters = self._static_parameters(pattern)
+                known = self._static[pattern] = parameters, width_axes(parameters)
+            parameters, axes = known
+            widths = read_widths(axes, values[1:]) if any(m.is_tensor for m in found) else {}
+            key = (pattern, tuple(m.key for m in found), tuple(widths.items()))
+            variant = self._variants.get(key)
             if variant is None:
-                signature = make_signature(self.name, parameters)
-                variant = self._variants[(*pattern, key)] = Variant(self, signature, constants, values[0])
-        return variant, [m.value for m in found if m.is_tensor]
+                signature = make_signature(self.name, fix_sizes(parameters, widths, found))
+                constants = {name: Dim.of(n) for name, n in widths.items()}
+                variant = self._variants[key] = Variant(self, signature, constants, values[0])
+            return variant
 
     def variant(self, pattern: tuple[Any, ...]) -> Variant:
         """The variant in which the named optional arguments are None and "..." has the given rank."""

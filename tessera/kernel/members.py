@@ -85,22 +85,29 @@ def _paths(tree: ast.FunctionDef) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def method_signature(parameters: Sequence[Parameter], values: Sequence[Any],
-                     members: Sequence[Member]) -> tuple[list[Parameter], dict[str, Dim], Any]:
-    """Parameters of a method kernel for these arguments and members, the sizes fixed, and the variant's key."""
-    tensors = [m for m in members if m.is_tensor]
-    constants: dict[str, int] = {}
-    if tensors:
-        widths = _width_names(parameters)
-        for p, value in zip(parameters, values):
-            if p.kind == "tile" and isinstance(value, torch.Tensor) and value.ndim == len(p.dims) and p.dims:
-                name, divisor = split_fraction(str(Dim.of(p.dims[-1])))
-                if name in widths:
-                    constants.setdefault(name, int(value.shape[-1]) * divisor)
+def width_axes(parameters: Sequence[Parameter]) -> list[tuple[int, str, int]]:
+    """Where the sizes that are fixed are read: (parameter, name, divisor) for each last axis "D" or "D/2"."""
+    widths = _width_names(parameters)
+    found: dict[str, tuple[int, str, int]] = {}
+    for position, p in enumerate(parameters):
+        if p.kind == "tile" and p.dims:
+            name, divisor = split_fraction(str(Dim.of(p.dims[-1])))
+            if name in widths:
+                found.setdefault(name, (position, name, divisor))
+    return list(found.values())
+
+
+def read_widths(axes: Sequence[tuple[int, str, int]], values: Sequence[Any]) -> dict[str, int]:
+    """The fixed sizes of these arguments; what is no tensor is left to the launch's own checks."""
+    return {name: values[position].shape[-1] * divisor for position, name, divisor in axes
+            if isinstance(values[position], torch.Tensor) and values[position].ndim}
+
+
+def fix_sizes(parameters: Sequence[Parameter], constants: dict[str, int],
+              members: Sequence[Member]) -> list[Parameter]:
+    """The parameters with these sizes as numbers, followed by the tensors of `self`."""
     fixed = [replace(p, dims=tuple(_fix(d, constants) for d in p.dims)) for p in parameters]
-    fixed += [Parameter(m.path, "tile", tuple(m.value.shape)) for m in tensors]
-    key = (tuple(m.key for m in members), tuple(constants.items()))
-    return fixed, {name: Dim.of(n) for name, n in constants.items()}, key
+    return fixed + [Parameter(m.path, "tile", tuple(m.value.shape)) for m in members if m.is_tensor]
 
 
 def _width_names(parameters: Sequence[Parameter]) -> set[str]:

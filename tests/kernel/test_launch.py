@@ -245,3 +245,17 @@ def test_unknown_backend_and_device():
         scaled.source("tpu")
     with pytest.raises(UnsupportedError, match="'meta': no backend"):
         ts.kernel.backends.for_device("meta")
+
+
+def test_python_says_which_kernel_lacks_an_argument():
+    x, w, o = tensors()
+    scaled(x, w, o)
+    with pytest.raises(TypeError, match=r"scaled\(\) missing 1 required positional argument: 'output'"):
+        scaled(x, w)
+
+
+def test_dump_prints_the_ir(monkeypatch, capsys):
+    monkeypatch.setenv("TESSERA_DUMP", "ir,passes")
+    x, w, o = tensors()
+    scaled.with_schedule(BM=4)(x, w, o)
+    assert "kernel scaled(" in capsys.readouterr().err

@@ -90,10 +90,11 @@ class Calls(Expressions):
 
     def _math(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         name = getattr(function, "__name__", None) or describe(function)
-        if callable(function) and getattr(math, name, None) is function:
+        known: Any = getattr(math, name, MISSING)
+        if known is function:
             if all(is_number(a) for a in args):
                 try:
-                    return function(*args, **kwargs)
+                    return known(*args, **kwargs)
                 except (ArithmeticError, ValueError, TypeError) as error:
                     raise TypeRuleError(f"math.{name}: {error}") from None
             if function in _MATH:
