@@ -77,10 +77,25 @@ def produce(ctx: Context, value: Value, point: Point) -> Val:
         return _iota(ctx, op, point)
     if name == "gather":
         return _gather(ctx, op, point)
+    if name == "reshape" and point.axis is not None and point.axis < op.result.type.rank - lazy_reshape_suffix(op):
+        return _lane_by_lane(ctx, value, point)
     operands = [element(ctx, operand, at) for operand, at in operand_points(ctx, op, point)]
     if name in ("broadcast", "transpose", "reshape", "slice", "full"):
         return operands[0]
     return compute(ctx, op, operands, point)
+
+
+def _lane_by_lane(ctx: Context, value: Value, point: Point) -> Val:
+    """A vector put together from scalars, where neighbouring lanes come from unrelated places."""
+    b, axis = ctx.b, point.axis
+    assert axis is not None
+    last = b.sub(ctx.size(value.type.extent(axis)), 1)
+    vector = Val("poison", emit.vec(point.lanes, register_type(value.type.dtype)))
+    for lane in range(point.lanes):
+        indices = list(point.indices)
+        indices[axis] = b.min(b.add(indices[axis], lane), last)
+        vector = b.insert(vector, element(ctx, value, Point(tuple(indices))), lane)
+    return vector
 
 
 def operand_points(ctx: Context, op: Op, point: Point) -> list[tuple[Value, Point]]:

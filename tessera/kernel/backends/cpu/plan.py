@@ -11,6 +11,7 @@ from collections import Counter
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu.elements import COSTLY, lazy_reshape_suffix
+from tessera.kernel.backends.cpu.loops import vector_axis
 from tessera.kernel.ir import Block, Function, Op, Value
 
 BUFFERED = frozenset("mma scan sort insert concat".split())  # and reduce of rank >= 1
@@ -26,7 +27,7 @@ def plan(function: Function) -> set[str]:
     written = {_param_of(op.operands[0]) for op in ir.walk(function.body)
                if op.name in ("store", "scatter", "atomic_add")}
     for op in ir.walk(function.body):
-        if op.name == "reshape" and not lazy_reshape_suffix(op):
+        if op.name == "reshape" and not _keeps_vectors(op):
             kept |= _in_memory(op.operands[0])
         elif op.name == "extract":
             kept |= _in_memory(op.operands[0]) if op.operands[0].op is not None and _is_costly(op.operands[0], kept) \
@@ -38,6 +39,12 @@ def plan(function: Function) -> set[str]:
                     uses[result.name] > 1 or _repeated(result, function)):
                 kept.add(result.name)
     return kept
+
+
+def _keeps_vectors(op: Op) -> bool:
+    """Whether a reshape leaves the axis that loops vectorize alone."""
+    axis = vector_axis(op.result.type)
+    return lazy_reshape_suffix(op) > 0 and (axis is None or axis >= op.result.type.rank - lazy_reshape_suffix(op))
 
 
 def _count(block: Block, level: int, uses: Counter[str], depth: dict[str, int]) -> None:
