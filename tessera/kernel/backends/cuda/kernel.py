@@ -154,15 +154,14 @@ def _program_index(emitter: Emitter, x: ir.Value, axis: int, block: int,
     dim, limit = x.type.shape[axis], x.type.extent(axis)
     if dim.const == 1 or not {a.partition("/")[0] for a in dim.atoms} <= {*emitter.function.sizes}:
         return None
+    if block == 1 and limit != dim:
+        return None  # a block of the program's own that ends early: its tile or loop is masked, a program is not
     name = axis_name(dim)
     program = emitter.scopes.name(name + ("_block" if block > 1 else "_at"))
     names.append(program)
     sizes.append((dim, block))
     if block == 1:
-        if limit == dim:
-            return Index(Val(program))
-        inside = emitter.assign(f"in_{name}", f"{program} < {emitter.size(limit).text}", (), 0)
-        return Index(Val(program), guards=(inside,))
+        return Index(Val(program))
     text = emitter.constant(f"BLOCK_{name}", block)
     return emitter.over(emitter.new_axis(name, f"{program} * {text}", block, text, depth=0), limit)
 
