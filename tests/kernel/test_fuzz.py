@@ -19,10 +19,10 @@ from tessera.kernel.backends import interp_math
 
 from . import fuzzer
 
-BACKENDS = ["interp"]
+BACKENDS = ["interp", "cpu"]
 KEPT = [int(line.split("#")[0]) for line in
         (Path(__file__).parent / "fuzz_seeds.txt").read_text().splitlines() if line.split("#")[0].strip()]
-SEEDS = int(os.environ.get("TESSERA_FUZZ_PROGRAMS", "80"))
+SEEDS = int(os.environ.get("TESSERA_FUZZ_PROGRAMS", "40"))
 
 
 def check(case: fuzzer.Case) -> None:
@@ -53,7 +53,7 @@ def test_seeds(seed):
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+@settings(max_examples=30, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example])
 def test_programs_that_hypothesis_finds(random):
     check(fuzzer.make(random))
