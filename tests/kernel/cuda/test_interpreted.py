@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from tessera.kernel import ir
+from tessera.errors import UnsupportedError
 from tessera.kernel.backends import cuda
 from tessera.kernel.backends.cuda import launch
 from tessera.kernel.dims import Dim
@@ -160,9 +160,10 @@ def test_bool_outputs():
 def check(seed: int) -> None:
     case = fuzzer.make(Random(seed))
     function = case.program.function
-    if any(op.name == "sort" and op.result.type.dtype is f64 for op in ir.walk(function.body)):
-        pytest.skip("f64 cannot be sorted")
-    outputs = case.run(Interpreted)
+    try:
+        outputs = case.run(Interpreted)
+    except UnsupportedError as error:  # f64 sorts, products of three large dims: said, not computed wrongly
+        pytest.skip(str(error))
     for output, expected in zip(outputs, case.expected):
         off = output.double() != expected.x.double()
         if output.is_floating_point():

@@ -288,6 +288,8 @@ class Emitter:
         elements = 1
         for axis in axes:
             elements *= axis.size
+        if elements > 1 << 20:  # Triton's own limit
+            raise UnsupportedError(f"cuda: a tensor of {elements} elements is needed at once; at most {1 << 20} can be")
         self.largest = max(self.largest, elements)
         return elements
 

@@ -173,3 +173,13 @@ def _round_as_the_hardware_does() -> None:
         return builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
+
+    def as_bool(mask: Any) -> Any:
+        """Scalar conditions come as ints out of the interpreter's `&`."""
+        return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
+
+    interpreter.InterpreterBuilder.create_masked_load = (
+        lambda self, pointers, mask, *rest: load(self, pointers, as_bool(mask), *rest))
+    interpreter.InterpreterBuilder.create_masked_store = (
+        lambda self, pointers, value, mask, *rest: store(self, pointers, value, as_bool(mask), *rest))
