@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class _Keys:
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise FileFormatError(
                 f"{self.where}: metadata {self.arch}.{key} is {str(value)[:40]!r}; expected one {kind.__name__}")
-        return value
+        return shortest_float(value) if kind is float else value
 
     def finish(self) -> None:
         unknown = sorted(key for key in self.left if key not in _HARMLESS)
@@ -104,10 +105,17 @@ def config_from_gguf(
     fields["vocab_size"] = shapes["token_embd.weight"][0]
     fields["tie_embeddings"] = "output.weight" not in shapes
     keys.finish()
+    family = "mistral" if arch == "llama" and fields["sliding_window"] is not None else arch
     try:
-        return GPTConfig(family=arch, **fields, **_token_ids(metadata, fields["vocab_size"], where))
+        return GPTConfig(family=family, **fields, **_token_ids(metadata, fields["vocab_size"], where))
     except (ValueError, NotImplementedError) as error:
         raise FileFormatError(f"{where}: {error}") from error
+
+
+def shortest_float(value: float) -> float:
+    """The number with the fewest digits among those that round to float32 `value`: 1e-05 for 9.99999975e-06."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
 
 
 def _common_fields(keys: _Keys) -> dict[str, Any]:
@@ -215,8 +223,8 @@ def config_to_gguf(config: GPTConfig) -> tuple[str, dict[str, Any]]:
     else:
         keys |= {
             "attention.layer_norm_rms_epsilon": config.norm_eps, "rope.freq_base": config.rope_theta,
-            "rope.dimension_count": config.d_head, "attention.key_length": config.d_head,
-            "attention.value_length": config.d_head, "attention.sliding_window": config.sliding_window,
+            "rope.dimension_count": config.d_head, "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim, "attention.sliding_window": config.sliding_window,
         }  # fmt: skip
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind != "llama3":

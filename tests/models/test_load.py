@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from formats.mutations import guarded, mutations
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tessera as ts
 from tessera.errors import FileFormatError, NotFoundError, UnsupportedError, UnsupportedFileError
+from tessera.models.convert import save_gguf
 
 from .families import padded_batch
 
@@ -225,3 +227,47 @@ def test_8_bit_weights_are_saved_in_the_compute_type(tmp_path):
     torch.testing.assert_close(logits(ts.load_model(tmp_path / "a"), ids % 11), logits(model.eval(), ids % 11))
     stored = load_file(tmp_path / "a" / "model.safetensors")
     assert {w.dtype for w in stored.values()} == {torch.float32}
+
+
+def peak_bytes(action):
+    """How far the process' resident memory rises above where it stood."""
+    def field(name):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith(name))
+
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the peak starts anew
+    before = field("VmRSS:")
+    result = action()
+    return field("VmHWM:") - before, result
+
+
+@pytest.mark.parametrize("stored, layout", [("bf16", "hf"), ("f32", "hf"), ("f32", "gguf")])
+def test_peak_memory_is_the_model_and_one_tensor(tmp_path, stored, layout):
+    config = ts.GPTConfig(n_layers=8, n_heads=8, d_model=512, d_ffn=2048, max_seq_len=64, vocab_size=512,
+                          compute_dtype=stored, weight_dtype=stored, family="llama")
+    path = tmp_path / "model"
+    save = ts.save_model if layout == "hf" else save_gguf
+    save(ts.GPTModel(config), path)
+    peak, model = peak_bytes(lambda: ts.load_model(path))
+    size = sum(p.nbytes for p in model.parameters())
+    largest = max(p.nbytes for p in model.parameters())
+    assert size > 100e6
+    assert peak < size + largest + 16e6
+
+
+@pytest.mark.parametrize("seed", [7])
+def test_damaged_gguf_models_are_refused_or_load(hf_folder, tmp_path, seed):
+    """As in tests/formats, but up to the model: a damaged configuration is a FileFormatError too."""
+    path = tmp_path / "x.gguf"
+    save_gguf(ts.load_model(hf_folder("qwen2")[0]), path)
+    data = path.read_bytes()
+    refused = 0
+    with guarded():
+        for damaged in mutations(data, 2600, 150, seed):
+            path.write_bytes(damaged)
+            try:
+                ts.load_model(path)
+            except FileFormatError:
+                refused += 1
+    assert refused > 75
