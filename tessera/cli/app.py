@@ -120,6 +120,21 @@ def info(
     command.run(path, context=context, batch=batch, as_json=json)
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A GGUF file, a model folder, or smollm2.")],
+    target: Annotated[Path, typer.Argument(help="The folder, or the .gguf file, to write.")],
+    kind: Annotated[str | None, typer.Option("--type", "-t", help=(
+        "How weights are stored: f32, f16, bf16, and in GGUF files q8_0, q4_0, q4_1; "
+        "default bf16 in folders, f16 in GGUF files."))] = None,
+    debug: Debug = False,
+) -> None:
+    """Convert a GGUF file to a Hugging Face folder, or a folder to a GGUF file."""
+    from tessera.cli import convert as command
+
+    command.run(source, target, kind=kind)
+
+
 @app.command(name="env")
 def environment(json: Json = False, debug: Debug = False) -> None:
     """List the environment variables that Tessera reads, and their values."""
