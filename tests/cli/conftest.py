@@ -19,9 +19,9 @@ SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def byte_tokenizer() -> Tokenizer:
-    """256 single-byte tokens, then SPECIAL."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    """256 single-byte tokens, "th", then SPECIAL."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("t", "h")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
@@ -32,8 +32,8 @@ def byte_tokenizer() -> Tokenizer:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with a context of 128 tokens."""
     config = ts.GPTConfig(
-        n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_ffn=48, max_seq_len=128, vocab_size=260, family="llama",
-        eos_token_id=256)
+        n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_ffn=48, max_seq_len=128, vocab_size=261, family="llama",
+        eos_token_id=257)
     model = ts.GPTModel(config)
     model.init_weights(seed=11)
     folder = tmp_path_factory.mktemp("models") / "tiny"
