@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from tessera.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-_WINDOW = 8  # tokens of context for decoders whose text depends on the tokens before
 
 
 class TextStream:
@@ -66,7 +65,7 @@ class TextStream:
         new = decode(self._recent, self._skip)
         if not final and (new.endswith(_REPLACEMENT) or len(new) <= len(old)):
             return ""
-        self._recent = self._recent[-_WINDOW:]
+        self._recent = self._recent[self._n_done:]  # begins where a piece began, so at a whole character
         self._n_done = len(self._recent)
         return new[len(old):]
 

@@ -34,7 +34,8 @@ def warped(logits: torch.Tensor, temperature=1.0, top_k=None, top_p=None, min_p=
     (0, 50, 3.0), (1, 5000, 3.0), (2, 5000, 0.1), (3, 1, 1.0), (4, 1030, 8.0)])
 @pytest.mark.parametrize("parameters", [
     {}, {"temperature": 0.7}, {"top_k": 1}, {"top_k": 50}, {"top_k": 10**6}, {"top_p": 0.9}, {"top_p": 1e-6},
-    {"top_p": 1.0}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.9}, {"temperature": 1.7, "top_k": 40, "top_p": 0.8, "min_p": 0.02},
+    {"top_p": 1.0}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.9},
+    {"temperature": 1.7, "top_k": 40, "top_p": 0.8, "min_p": 0.02},
     {"temperature": 0.5, "top_p": 0.95, "min_p": 0.1}], ids=str)
 def test_filters_equal_transformers(seed, vocab, scale, parameters):
     logits = logits_of(seed, 7, vocab, scale)
