@@ -22,7 +22,7 @@ _WEIGHT_DTYPES = ("f32", "bf16", "f16", "fp8_e4m3", "fp8_e5m2", "int8")
 _CACHE_DTYPES = ("f32", "bf16", "f16", "fp8_e4m3", "fp8_e5m2")
 
 # Configurations come from files too: bounds that no real model nears keep a damaged one from building for ever.
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
 _LARGEST_SIZE = 2**31 - 1
 
 
@@ -260,7 +260,7 @@ def _check_shape(config: GPTConfig) -> None:
     for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_ffn", "max_seq_len", "vocab_size",
                  "head_dim", "sliding_window", "tp_size", "pp_size", "dp_size"):
         value = getattr(config, name)
-        most = _MOST_LAYERS if name == "n_layers" else _LARGEST_SIZE
+        most = MOST_LAYERS if name == "n_layers" else _LARGEST_SIZE
         if value is not None and not 1 <= value <= most:
             raise InputError(f"{name}: {value} given; expected 1..{most}")
     for name in ("norm_eps", "attn_scale", "attn_softcap", "logit_softcap"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from tessera.errors import FileFormatError, UnsupportedFileError
-from tessera.models.config import GPTConfig
+from tessera.models.config import MOST_LAYERS, GPTConfig
 from tessera.models.names import FAMILIES
 from tessera.ops.rotary import RopeScaling
 
@@ -54,11 +54,11 @@ class _Fields:
         value = str(self.fields.get(name))[:80]
         return UnsupportedFileError(f"{self.where}: {name} {value!r} is not supported; supported: {supported}")
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.fields.get(name)
         value = default if value is None else value
-        if type(value) is not int or not 0 < value < 1 << 31:
-            raise self.fail(name, "a positive integer")
+        if type(value) is not int or not 0 < value <= most:
+            raise self.fail(name, f"an integer from 1 to {most}")
         return value
 
     def optional(self, name: str, default: int | None = None) -> int | None:
@@ -112,7 +112,7 @@ def config_from_hf(fields: dict[str, Any], where: str = "config.json", **executi
 
 
 def _llama_fields(read: _Fields, family: str) -> dict[str, Any]:
-    n_layers, n_heads = read.integer("num_hidden_layers"), read.integer("num_attention_heads")
+    n_layers, n_heads = read.integer("num_hidden_layers", most=MOST_LAYERS), read.integer("num_attention_heads")
     # transformers' Qwen3 class has a default of its own here; the other families derive it.
     head_dim = read.optional("head_dim", 128 if family == "qwen3" else None)
     attention_bias = family in ("llama", "qwen3") and read.boolean("attention_bias", False)
@@ -133,7 +133,7 @@ def _gpt2_fields(read: _Fields) -> dict[str, Any]:
     d_model, n_heads = read.integer("n_embd"), read.integer("n_head")
     scaled = read.boolean("scale_attn_weights", True)
     return {
-        "n_layers": read.integer("n_layer"), "n_heads": n_heads, "d_model": d_model,
+        "n_layers": read.integer("n_layer", most=MOST_LAYERS), "n_heads": n_heads, "d_model": d_model,
         "d_ffn": read.integer("n_inner", 4 * d_model), "max_seq_len": read.integer("n_positions"),
         "activation": _activation(read, "activation_function", "gelu_new"), "use_gated_mlp": False,
         "norm": "layernorm", "norm_eps": read.number("layer_norm_epsilon", 1e-5), "use_rotary_embeddings": False,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -112,7 +113,7 @@ def load_model(
         name = checkpoint.stored_dtype if dtype == "auto" else dtype_of(dtype).name
         precision = f"{name} @accum(fp32)"
         config = replace(checkpoint.config, weight_dtype=precision, compute_dtype=precision, kv_cache_dtype=name)
-        _check_layer_count(config, checkpoint, path)
+        _check_size(config, checkpoint, path)
         with torch.device("meta"):
             model = GPTModel(config)
         sources = _match(model, checkpoint, path)
@@ -132,10 +133,14 @@ def _open(path: Path) -> Checkpoint:
     return GGUFCheckpoint(path)
 
 
-def _check_layer_count(config: GPTConfig, checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Before the model is built: a damaged count must not build layers for minutes."""
-    if config.n_layers > len(checkpoint.shapes):
-        raise FileFormatError(f"{path}: {config.n_layers} layers announced, but only {len(checkpoint.shapes)} tensors")
+def _check_size(config: GPTConfig, checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
+    """Before the model is built: damaged sizes must not build layers for minutes, or overflow torch's counts.
+
+    The margin leaves smaller differences to `_match`, which names the tensors.
+    """
+    stored = sum(prod(shape) for shape in checkpoint.shapes.values())
+    if config.n_params > 4 * stored:
+        raise FileFormatError(f"{path}: {config.n_params} parameters announced, but its tensors hold {stored} numbers")
 
 
 def _match(model: GPTModel, checkpoint: Checkpoint, path: str | os.PathLike[str]) -> dict[str, Source]:

@@ -1,5 +1,6 @@
 """load_model and save_model against transformers, for every family; and their errors."""
 
+import contextlib
 import json
 import shutil
 
@@ -149,7 +150,9 @@ def test_what_is_not_supported_is_named(hf_folder, tmp_path, family, changes, na
     ({"num_attention_heads": "6"}, "num_attention_heads is '6'"),
     ({"num_hidden_layers": 4}, "9 missing: model.layers.3.input_layernorm.weight.*and 6 more"),
     ({"num_hidden_layers": 2}, "9 unexpected: model.layers.2"),
-    ({"num_hidden_layers": 10**9}, "layers"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is '1000000000'; expected an integer from 1"),
+    ({"num_hidden_layers": 9000}, "parameters announced"),
+    ({"hidden_size": 2**30, "vocab_size": 2**31 - 1}, "parameters announced"),
     ({"vocab_size": 96}, r"wrong shape: model.embed_tokens.weight \[97, 48\] \(expected \[96, 48\]\)"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
     ({"rms_norm_eps": -1}, "norm_eps"),
@@ -254,6 +257,17 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path, stored, layout):
     largest = max(p.nbytes for p in model.parameters())
     assert size > 100e6
     assert peak < size + largest + 16e6
+
+
+@pytest.mark.parametrize("seed", [8])
+def test_damaged_config_json_is_refused_or_loads(hf_folder, family, tmp_path, seed):
+    folder = edited(hf_folder(family)[0], tmp_path)
+    data = (folder / "config.json").read_bytes()
+    with guarded():
+        for damaged in mutations(data, len(data), 60, seed):
+            (folder / "config.json").write_bytes(damaged)
+            with contextlib.suppress(FileFormatError):  # anything else fails the test
+                ts.load_model(folder)
 
 
 @pytest.mark.parametrize("seed", [7])
