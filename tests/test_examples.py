@@ -14,6 +14,7 @@ SHOWN = {
     "02_chat_template.py": ["<|im_start|>user\nWhat color is the sky?<|im_end|>", "The sky is a deep shade of"],
     "03_load_and_save.py": ["equal logits: True", "as bf16: torch.bfloat16"],
     "04_sampling.py": ["top_p=0.9, seed=1", "same seed, same text: True"],
+    "05_kernel.py": ["largest error: below 1e-5", "kernel rms_norm(", "x has D=1003 but weight has D=1002"],
 }
 
 
