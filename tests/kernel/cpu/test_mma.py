@@ -54,7 +54,7 @@ def product_module(host: Target, a_layout: str, w_layout: str, accumulate: bool 
 def _scratch(host: Target) -> int:
     module = Module()
     b = module.function("f", VOID, []).builder
-    return mma.scratch_floats(host, b, const(BLOCK_M, I64)).const or 1 << 16
+    return mma.scratch_floats(host, b, const(BLOCK_M, I64)).const or 1 << 18
 
 
 def _lay_out(x: torch.Tensor, layout: str, nr: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ def _blocked(ctx: Context, op: Op, memory: Memory) -> None:
 def _scratch_bytes(ctx: Context, rows: Dim) -> Dim:
     """What `mma.scratch_floats` asks for, as a symbolic size."""
     t = mma.tiling(ctx.target)
-    return (rows.ceildiv(t.mr) * (t.mr * t.kc) + t.kc * t.nr * t.panels(1) + t.nr) * 4
+    return (rows.ceildiv(t.mr) * (t.mr * t.kc) + t.w_floats) * 4
 
 
 def _source(ctx: Context, value: Value, batch: tuple[Val, ...], lanes_axis: int) -> Source:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Builder, Function, Module, Val, const, vec
 from tessera.kernel.backends.cpu.host import Target
-from tessera.kernel.backends.cpu.mma_pack import Source, pack_panel
+from tessera.kernel.backends.cpu.mma_pack import Source, pack_panel, pack_panels
 
 STREAM_DEPTH = 16  # rows of a row-major W that are read side by side: the prefetcher follows that many streams
 
@@ -28,13 +28,19 @@ class Tiling:
     """Register and cache blocking: C is computed in `mr` x `nr` tiles, `kc` steps of k at a time.
 
     `mr` * `nr` accumulators, one row of W and one element of A fill the vector registers; a W panel of `kc` x `nr`
-    takes half of the first-level cache.
+    takes half of the first-level cache, `nc` columns of W half of the second.
     """
 
     lanes: int
     mr: int
     nr: int
     kc: int
+    nc: int
+
+    @property
+    def w_floats(self) -> int:
+        """Scratch for packed W: a chunk of a blocked product, or the panels of a skinny one."""
+        return self.kc * max(self.nc, self.nr * self.panels(1)) + self.nr
 
     @property
     def vectors(self) -> int:
@@ -52,7 +58,8 @@ def tiling(target: Target) -> Tiling:
     mr = {512: 14, 256: 6}.get(target.vector_bits, 8 if target.vector_registers == 32 else 4)
     nr = 2 * lanes
     kc = max(128, min(512, target.l1 // 2 // (4 * nr) // 64 * 64))
-    return Tiling(lanes=lanes, mr=mr, nr=nr, kc=kc)
+    nc = max(nr, min(512, target.l2 // 2 // (4 * kc) // nr * nr))
+    return Tiling(lanes=lanes, mr=mr, nr=nr, kc=kc, nc=nc)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,7 @@ def scratch_floats(target: Target, b: Builder, m: Val) -> Val:
     """How many f32 of 64-byte aligned scratch `matmul` needs for `m` rows."""
     t = tiling(target)
     rows = b.mul(b.ceil_div(m, t.mr), t.mr)
-    return b.add(b.mul(rows, t.kc), t.kc * t.nr * t.panels(1) + t.nr)
+    return b.add(b.mul(rows, t.kc), t.w_floats)
 
 
 def matmul(b: Builder, target: Target, *, m: Val, n: Val, k: Val, a: Source, w: Source | Panels, c: Val, ldc: Val,
@@ -97,31 +104,35 @@ def matmul(b: Builder, target: Target, *, m: Val, n: Val, k: Val, a: Source, w: 
 
 def _blocked(b: Builder, t: Tiling, m: Val, n: Val, k: Val, a: Source, w: Source | Panels, c: Val, ldc: Val,
              scratch: Val, keep: Val) -> None:
-    """k blocks outside; A is packed once a block and stays in the second-level cache, W panels in the first."""
+    """k blocks outside; A (all rows) and W (`nc` columns) are packed once a block and stay in the L2 cache."""
     w_scratch = scratch
-    a_scratch = b.gep(scratch, t.kc * t.nr * t.panels(1), F32)
+    a_scratch = b.gep(scratch, t.w_floats, F32)
     with b.for_(0, k, t.kc) as block:
         depth = b.min(b.sub(k, block.i), t.kc)
         going = b.or_(keep, b.cmp("gt", block.i, 0))
         with b.for_(0, m, t.mr) as row:
             pack_panel(b, a, t.lanes, t.mr, row.i, b.min(b.sub(m, row.i), t.mr), block.i, depth,
                        b.gep(a_scratch, b.mul(row.i, depth), F32))
-        with b.for_(0, n, t.nr) as column:
-            columns = b.min(b.sub(n, column.i), t.nr)
-            panel = _panel(b, t, w, column.i, columns, block.i, depth, w_scratch)
-            with b.for_(0, m, t.mr) as row:
-                _tile(b, t, b.min(b.sub(m, row.i), t.mr), columns, panel,
-                      b.gep(a_scratch, b.mul(row.i, depth), F32),
-                      b.gep(c, b.add(b.mul(row.i, ldc), column.i), F32), ldc, depth, going)
+        with b.for_(0, n, t.nc) as chunk:
+            wide = b.min(b.sub(n, chunk.i), t.nc)
+            if isinstance(w, Panels):
+                panels, pitch = _packed_at(b, t, w, chunk.i, block.i), w.depth
+            else:
+                pack_panels(b, w, t.lanes, t.nr, chunk.i, wide, block.i, depth, w_scratch)
+                panels, pitch = w_scratch, depth
+            with b.for_(0, wide, t.nr) as column:
+                columns = b.min(b.sub(wide, column.i), t.nr)
+                panel = b.gep(panels, b.mul(column.i, pitch), F32)
+                at_c = b.gep(c, b.add(chunk.i, column.i), F32)
+                with b.for_(0, m, t.mr) as row:
+                    _tile(b, t, b.min(b.sub(m, row.i), t.mr), columns, panel,
+                          b.gep(a_scratch, b.mul(row.i, depth), F32),
+                          b.gep(at_c, b.mul(row.i, ldc), F32), ldc, depth, going)
 
 
-def _panel(b: Builder, t: Tiling, w: Source | Panels, column: Val, columns: Val, start: Val, depth: Val,
-           scratch: Val) -> Val:
-    """The address of the W panel of these columns and k from `start` on, packed here if it is not yet."""
-    if isinstance(w, Panels):
-        return b.gep(w.pointer, b.add(b.mul(column, w.depth), b.mul(start, t.nr)), F32)
-    pack_panel(b, w, t.lanes, t.nr, column, columns, start, depth, scratch)
-    return scratch
+def _packed_at(b: Builder, t: Tiling, w: Panels, column: Val, start: Val) -> Val:
+    """The address of packed W from a column (a multiple of NR) and a k on."""
+    return b.gep(w.pointer, b.add(b.mul(column, w.depth), b.mul(start, t.nr)), F32)
 
 
 def _tile(b: Builder, t: Tiling, rows: Val, columns: Val, panel: Val, a: Val, c: Val, ldc: Val, depth: Val,
@@ -184,7 +195,7 @@ def _panel_group(b: Builder, t: Tiling, w: Source | Panels, column: Val, columns
                  scratch: Val) -> tuple[Val, Val, Val]:
     """Some adjacent panels of W: (pointer, stride of k, stride of panels)."""
     if isinstance(w, Panels):
-        return _panel(b, t, w, column, columns, start, depth, scratch), const(t.nr, I64), b.mul(w.depth, t.nr)
+        return _packed_at(b, t, w, column, start), const(t.nr, I64), b.mul(w.depth, t.nr)
     if w.direct and w.direct[1].const == 1:
         pointer, _, w_k = w.direct
         return b.gep(pointer, b.add(column, b.mul(start, w_k)), F32), w_k, const(t.nr, I64)

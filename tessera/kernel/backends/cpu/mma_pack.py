@@ -63,6 +63,26 @@ def pack_panel(b: Builder, source: Source, vector: int, width: int, lane: Val, c
         _pack_scalars(b, source, width, lane, count, start, depth, out, ty)
 
 
+def pack_panels(b: Builder, source: Source, vector: int, width: int, lane: Val, count: Val, start: Val, depth: Val,
+                out: Val, ty: str = F32) -> None:
+    """Pack `count` lanes into as many panels as they need, one behind the other.
+
+    An operand that runs along its lanes is read row by row, over all panels: a panel at a time would touch a
+    page of memory for every few bytes.
+    """
+    whole = b.mul(b.udiv(count, width), width) if source.along_k is False else const(0, "i64")
+    if source.along_k is False:
+        with b.for_(0, depth) as step:
+            k, row = b.add(start, step.i), b.gep(out, b.mul(step.i, width), ty)
+            with b.for_(0, whole, width) as panel:
+                to = b.gep(row, b.mul(panel.i, depth), ty)
+                for first, size in pieces(width, vector):
+                    b.store(source.read(b.add(lane, b.add(panel.i, first)), k, size, False), b.gep(to, first, ty))
+    with b.for_(whole, count, width) as panel:
+        pack_panel(b, source, vector, width, b.add(lane, panel.i), b.min(b.sub(count, panel.i), width), start, depth,
+                   b.gep(out, b.mul(panel.i, depth), ty), ty)
+
+
 def pieces(width: int, vector: int) -> list[tuple[int, int]]:
     """Cut `width` lanes into (first, size) pieces: whole vectors, then powers of two."""
     found, first = [], 0
