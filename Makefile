@@ -11,7 +11,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: $(STAMP)  ## set up, then stream text from SmolLM2-135M-Instruct
-	@$(VENV)/bin/tessera generate --model smollm2 --chat --stream --max-new-tokens 96 --greedy \
+	@$(VENV)/bin/tessera generate --model smollm2 --dtype f32 --chat --stream --max-new-tokens 96 --greedy \
 	    "Explain in three sentences what a transformer language model is."
 
 test: $(STAMP)  ## the whole test suite
