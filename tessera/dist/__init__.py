@@ -20,6 +20,7 @@ from tessera.dist.collectives import (
 )
 from tessera.dist.collectives_hierarchical import hierarchical_all_reduce
 from tessera.dist.collectives_p2p import recv, send
+from tessera.dist.deterministic import deterministic
 from tessera.dist.launch import launch, spawn
 from tessera.dist.mesh import Mesh, mesh
 from tessera.dist.spec import ShardSpec, tensor
@@ -28,6 +29,6 @@ from tessera.errors import CollectiveError
 
 __all__ = [
     "CollectiveError", "Mesh", "ShardSpec", "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast",
-    "fan_out", "get_rank", "get_world_size", "hierarchical_all_reduce", "init", "is_initialized", "launch", "mesh",
-    "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send", "shutdown", "spawn", "tensor",
+    "deterministic", "fan_out", "get_rank", "get_world_size", "hierarchical_all_reduce", "init", "is_initialized",
+    "launch", "mesh", "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send", "shutdown", "spawn", "tensor",
 ]

@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from tessera import env
 from tessera.dist import world
 from tessera.dist.mesh import Mesh, resolve
-from tessera.dist.tree import is_deterministic, tree_sum
 from tessera.errors import CollectiveError, InputError, ShapeError
+from tessera.ops.invariant import is_invariant, tree_sum
 
 _OPS = {"sum": torch_dist.ReduceOp.SUM, "mean": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX,
         "min": torch_dist.ReduceOp.MIN, "prod": torch_dist.ReduceOp.PRODUCT}
@@ -155,7 +155,7 @@ def barrier(mesh: Mesh | None = None, *, axis: str | None = None) -> None:
 # What the functions above do with tensors, without gradients.
 
 def _reduce_all(x: Tensor, mesh: Mesh, axis: str, op: str = "sum") -> Tensor:
-    if is_deterministic() and op in ("sum", "mean"):
+    if is_invariant() and op in ("sum", "mean"):
         return tree_sum(_gather_list(x.float(), mesh, axis)).to(x.dtype)
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     out = wide.contiguous().clone() if wide is x else wide.contiguous()
@@ -190,7 +190,7 @@ def _scatter_sum(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int
         torch_dist.all_to_all_single(
             received.view(-1), sent, [own.numel()] * mesh.size(axis), [p.numel() for p in pieces],
             group=mesh.group(axis))
-    total = tree_sum(list(received)) if is_deterministic() else received.sum(0)
+    total = tree_sum(list(received)) if is_invariant() else received.sum(0)
     return total.view(own.shape).to(x.dtype)
 
 

@@ -1,36 +1,19 @@
-"""The fixed binary tree of sums that the deterministic mode stands on, and the mode's switch.
+"""The fixed binary tree of sums that the deterministic mode stands on, cut over ranks.
 
-In: terms, each a tensor, numbered 0..n-1 (logical leaves: blocks of a matmul's inner dim, samples of a batch).
-Out: their sum, added in an order that depends on n alone, however the terms are spread over ranks. Called by
-dist.collectives and dist.deterministic.
+In: terms, each a tensor, numbered 0..n-1 (logical leaves: blocks of a matmul's inner dim, samples of a batch),
+of which a rank has a range. Out: their sum, added in the order of ops.invariant.tree_sum, which depends on n
+alone, however the terms are spread over ranks. Called by dist.deterministic.
 
 The tree over leaves [a, b) splits at its middle, the left half being the larger: a + ceil((b - a) / 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from tessera.errors import InputError
-from tessera.ops.invariant import is_invariant as is_deterministic
-
-__all__ = ["finish_tree", "is_deterministic", "nodes_of", "tree_sum"]
-
-
-def tree_sum(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of the terms in the fixed tree's order.
-
-    Raises:
-        InputError: no terms.
-    """
-    if not terms:
-        raise InputError("terms: none given; expected at least one")
-    if len(terms) == 1:
-        return terms[0]
-    middle = (len(terms) + 1) // 2
-    return tree_sum(terms[:middle]) + tree_sum(terms[middle:])
 
 
 def nodes_of(start: int, stop: int, n_leaves: int) -> list[tuple[int, int]]:

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tessera import dist
 from tessera.data.tokenizer import Tokenizer
-from tessera.errors import InputError, UnsupportedError
+from tessera.errors import InputError
 from tessera.infer import sampling
 from tessera.infer.beam import beam_search
 from tessera.infer.config import GenerationConfig
 from tessera.infer.stream import TextStream
+from tessera.models import gpt_plan
 from tessera.models.config import GPTConfig
 from tessera.models.gpt import GPTModel
 
@@ -51,16 +53,12 @@ class GPTInference:
     Args:
         model: the model; put into evaluation mode.
         config: its configuration; default model.config.
-        mesh: None, or a mesh of one device.
-
-    Raises:
-        UnsupportedError: a mesh of several devices.
+        mesh: the ranks that the model is cut over; every one of them calls the same methods with the same
+            arguments and gets the same results. Default the model's.
     """
 
     def __init__(self, model: GPTModel, config: GPTConfig | None = None, mesh: Any = None) -> None:
-        if mesh is not None and mesh.size() > 1:
-            raise UnsupportedError(f"mesh: {mesh.size()} devices given; this version generates on one (mesh=None)")
-        self.model, self.config, self.mesh = model.eval(), config or model.config, mesh
+        self.model, self.config, self.mesh = model.eval(), config or model.config, mesh or model.mesh
 
     def generate(
         self, input_ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int = 100, *,
@@ -162,6 +160,7 @@ class GPTInference:
                     logits_BV, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                     min_p=config.min_p)
                 next_B = sampling.choose(kept_BC, ids_BC, uniform_NB[step])
+            next_B = self._agree(next_B)
             yield next_B.tolist()
             if rows.is_done or step == config.max_new_tokens - 1:
                 return
@@ -182,6 +181,12 @@ class GPTInference:
         best_BN, lengths_B = beam_search(logits_BV, advance, config, history.prompt)
         for i, (text, length) in enumerate(zip(best_BN.tolist(), lengths_B.tolist())):
             rows.extend(i, text[:length])
+
+    def _agree(self, tokens_B: Tensor) -> Tensor:
+        """The first rank's choice, on every rank: a rank that went on alone would wait for the others for ever."""
+        if self.mesh is None or not self.mesh.has_axis(gpt_plan.AXIS):
+            return tokens_B
+        return dist.broadcast(tokens_B, self.mesh, axis=gpt_plan.AXIS)
 
     @staticmethod
     def _uniforms(n_rows: int, config: GenerationConfig) -> Tensor:

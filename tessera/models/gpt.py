@@ -8,6 +8,7 @@ Dims: B batch, S new tokens, T all tokens (cached and new), V vocabulary, M d_mo
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera import ops
-from tessera.errors import InputError, ShapeError, UnsupportedError
+from tessera.errors import InputError, ShapeError
+from tessera.models import gpt_plan
 from tessera.models.config import GPTConfig
 from tessera.nn import MLP, Attention, Block, Embedding, KVCache, LayerNorm, Linear, RMSNorm
 
@@ -28,18 +30,28 @@ class GPTModel(nn.Module):
 
     Args:
         config: what to build.
-        mesh: the devices to build it for; None or a mesh of one device builds it here. On
-            `torch.device("meta")` nothing is allocated, and a configuration for many ranks needs no mesh.
+        mesh: the devices to build it for: of modules that gpt_plan cuts, this rank's parts are built. None
+            builds it whole. On `torch.device("meta")` nothing is allocated, and a configuration for many
+            ranks needs no mesh.
 
     Raises:
-        InputError: the configuration asks for several ranks and no mesh is given.
-        UnsupportedError: the mesh has more than one device.
+        InputError: the configuration asks for several ranks and no mesh is given, or another mesh.
+        UnsupportedError: the model cannot be cut so; the message says why.
     """
 
     def __init__(self, config: GPTConfig, mesh: Any = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.mesh = config, mesh
         _check_mesh(config, mesh)
+        device, is_cut = torch.get_default_device(), mesh is not None and mesh.size() > 1
+        with torch.device("meta") if is_cut else contextlib.nullcontext():
+            self._build(config)
+        if is_cut:
+            gpt_plan.shard(self, mesh)
+            self.to_empty(device=device)
+        self.init_weights(gpt_plan.common_seed(mesh) if is_cut else None)
+
+    def _build(self, config: GPTConfig) -> None:
         param, compute = config.param.torch, config.compute.torch
         self.embed = Embedding(config.vocab_size, config.d_model, dtype=param, out_dtype=compute)
         # Rounded to the activations' type, as Gemma's published code does.
@@ -50,7 +62,6 @@ class GPTModel(nn.Module):
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
         self.final_norm = _norm(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, dtype=param)
-        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -69,11 +80,12 @@ class GPTModel(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 std = residual_std if name.endswith(("o_proj", "down_proj")) else _INIT_STD
-                module.set_weight(torch.empty(module.weight.shape, device=device).normal_(0, std, generator=generator))
+                module.set_weight(torch.empty(module.whole_shape, device=device).normal_(0, std, generator=generator))
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, Embedding):
-                module.weight.normal_(0, _INIT_STD, generator=generator)
+                table = torch.empty(module.whole_shape, dtype=module.weight.dtype, device=device)
+                module.set_weight(table.normal_(0, _INIT_STD, generator=generator))
             elif isinstance(module, (RMSNorm, LayerNorm)):
                 module.weight.fill_(1)
                 if isinstance(module, LayerNorm):
@@ -89,7 +101,7 @@ class GPTModel(nn.Module):
         """An empty KVCache that fits this model."""
         config = self.config
         return KVCache(
-            batch_size, config.max_seq_len, config.n_layers, config.n_kv_heads, config.d_head,
+            batch_size, config.max_seq_len, config.n_layers, self.blocks[0].attn.n_kv_heads, config.d_head,
             dtype=config.kv_cache_dtype, compression="group_query" if config.use_kv_cache_compression else None)
 
     def forward(
@@ -162,7 +174,7 @@ class GPTModel(nn.Module):
         return x_BSM
 
     def _logits(self, x_BSM: Tensor) -> Tensor:
-        logits = ops.linear(x_BSM, self.embed.weight) if self.lm_head is None else self.lm_head(x_BSM)
+        logits = self.embed.project(x_BSM) if self.lm_head is None else self.lm_head(x_BSM)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -188,8 +200,6 @@ def _block(config: GPTConfig) -> Block:
 
 
 def _check_mesh(config: GPTConfig, mesh: Any) -> None:
-    if mesh is not None and mesh.size() > 1:
-        raise UnsupportedError(f"mesh: {mesh.size()} devices given; this version runs a model on one (mesh=None)")
     if mesh is None and config.world_size > 1 and torch.get_default_device().type != "meta":
         raise InputError(
             f"mesh: None given; tp_size={config.tp_size}, pp_size={config.pp_size}, dp_size={config.dp_size} "
@@ -219,7 +229,7 @@ def _check_cache(cache: KVCache, batch_size: int, model: GPTModel) -> None:
     if model.training and torch.is_grad_enabled():
         raise InputError("kv_cache: given in training, but cached keys carry no gradient; "
                          "expected model.eval() or torch.no_grad()")
-    expected = (batch_size, config.n_layers, config.n_kv_heads, config.d_head)
+    expected = (batch_size, config.n_layers, model.blocks[0].attn.n_kv_heads, config.d_head)
     given = (cache.batch_size, cache.n_layers, cache.n_kv_heads, cache.d_head)
     if given != expected:
         raise ShapeError(f"kv_cache: batch, layers, kv_heads, d_head = {given} given; expected {expected}")

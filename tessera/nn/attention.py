@@ -39,11 +39,17 @@ class Attention(nn.Module):
         self.q_proj = Linear(d_model, q_width, bias=qkv_bias, dtype=dtype, bias_dtype=bias_dtype)
         self.k_proj = Linear(d_model, kv_width, bias=qkv_bias, dtype=dtype, bias_dtype=bias_dtype)
         self.v_proj = Linear(d_model, kv_width, bias=qkv_bias, dtype=dtype, bias_dtype=bias_dtype)
-        self.o_proj = Linear(q_width, d_model, bias=out_bias, dtype=dtype, bias_dtype=bias_dtype)
+        self.o_proj = Linear(
+            q_width, d_model, bias=out_bias, dtype=dtype, bias_dtype=bias_dtype, blocks=(d_head,) * n_heads)
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(d_head, eps=qk_norm_eps, dtype=bias_dtype)
             self.k_norm = RMSNorm(d_head, eps=qk_norm_eps, dtype=bias_dtype)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads that this module computes and caches."""
+        return self.k_proj.weight.shape[0] // self.d_head
 
     def forward(
         self, x_BSM: Tensor, mask: ops.Mask, rope: tuple[Tensor, Tensor] | None = None,

@@ -25,16 +25,18 @@ class Linear(nn.Module):
         bias: whether there is one.
         dtype: storage of the weight.
         bias_dtype: storage of the bias; default dtype.
+        blocks: in the invariant mode, sums are taken over each of these parts of d_in and then added in a
+            fixed tree (ops.invariant), so that a mesh may share the parts out; None for one.
     """
 
     weight_scale: Tensor | None
 
     def __init__(
         self, d_in: int, d_out: int, *, bias: bool = False, dtype: torch.dtype = torch.float32,
-        bias_dtype: torch.dtype | None = None,
+        bias_dtype: torch.dtype | None = None, blocks: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.storage = dtype
+        self.storage, self.blocks = dtype, blocks
         self.is_quantized = ops.is_quantized(dtype)
         self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype), requires_grad=not self.is_quantized)
         scale = torch.empty(d_out, dtype=torch.float32) if self.is_quantized else None
@@ -43,10 +45,15 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_quantized:
-            return ops.linear(x, self.weight, self.bias)
+            return ops.linear(x, self.weight, self.bias, blocks=self.blocks)
         if self.weight_scale is not None:
-            return ops.linear(x, self.weight, self.bias, self.weight_scale)
-        return ops.linear(x, ops.fake_quantize_rows(self.weight, self.storage), self.bias)
+            return ops.linear(x, self.weight, self.bias, self.weight_scale, blocks=self.blocks)
+        return ops.linear(x, ops.fake_quantize_rows(self.weight, self.storage), self.bias, blocks=self.blocks)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the weight that `set_weight` takes."""
+        return tuple(self.weight.shape)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
@@ -76,7 +83,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a [n_rows, d_model] table by id, in `out_dtype`."""
+    """Rows of a [n_rows, d_model] table by id, in `out_dtype`; `project` uses it as output projection."""
 
     def __init__(self, n_rows: int, d_model: int, *, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
         super().__init__()
@@ -85,6 +92,20 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return ops.embedding(ids, self.weight, self.out_dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x @ table^T, [..., n_rows]: the logits of a model with tied embeddings."""
+        return ops.linear(x, self.weight)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the table that `set_weight` takes."""
+        return tuple(self.weight.shape)
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Store a table [n_rows, d_model]."""
+        self.weight.copy_(weight)
 
 
 class RMSNorm(nn.Module):

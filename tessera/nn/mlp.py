@@ -34,7 +34,7 @@ class MLP(nn.Module):
         linear = functools.partial(Linear, bias=bias, dtype=dtype, bias_dtype=bias_dtype)
         self.gate_proj = linear(d_model, d_ffn) if is_gated else None
         self.up_proj = linear(d_model, d_ffn)
-        self.down_proj = linear(d_ffn, d_model)
+        self.down_proj = linear(d_ffn, d_model, blocks=ops.even_blocks(d_ffn))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.errors import UnsupportedError
+from tessera.ops.invariant import block_products, is_invariant, tree_sum
 
 _FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
 
@@ -59,7 +60,10 @@ def fake_quantize_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight + (rounded - weight.detach())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None,
+    blocks: tuple[int, ...] | None = None,
+) -> Tensor:
     """x @ weight^T + bias, with sums in f32.
 
     Args:
@@ -67,6 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         weight: [O, I] of any storage type; it is brought to x's dtype first.
         bias: [O] or None.
         scale: [O] f32, for a weight of an 8-bit type.
+        blocks: sizes of the parts of I whose sums are added in a tree in the invariant mode; None for one.
 
     Returns:
         [..., O] in x's dtype.
@@ -77,6 +82,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         weight = weight.to(x.dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
+    if is_invariant():
+        out = tree_sum(block_products(x, weight, blocks or (x.shape[-1],))).to(x.dtype)
+        return out if bias is None else out + bias
     if x.dtype is torch.float32 and x.is_cpu and not torch.is_grad_enabled():
         n_rows = x.numel() // max(x.shape[-1], 1)
         if 0 < n_rows <= _FEW_ROWS:

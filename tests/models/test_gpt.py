@@ -5,7 +5,7 @@ import torch
 
 import tessera as ts
 from tessera import ops
-from tessera.errors import InputError, ShapeError, UnsupportedError
+from tessera.errors import InputError, ShapeError
 
 from .test_config import config
 
@@ -228,19 +228,6 @@ def test_arguments_that_do_not_fit():
         model.train()(ids, use_cache=True)
     with pytest.raises(InputError, match="logits_to_keep: -1 given"):
         model(ids, logits_to_keep=-1)
-
-
-def test_mesh_of_several_devices_is_refused():
-    class Mesh:
-        def __init__(self, n):
-            self.n = n
-
-        def size(self):
-            return self.n
-
-    ts.GPTModel(config(), Mesh(1))
-    with pytest.raises(UnsupportedError, match="mesh: 8 devices given"):
-        ts.GPTModel(config(), Mesh(8))
 
 
 def test_explicit_positions():
