@@ -48,7 +48,7 @@ def vocabulary_metadata(folder: Path, vocab_size: int, pre: str | None = None) -
         metadata = {"model": "gpt2", "pre": pre or _pre_name(parsed, path), "merges": [" ".join(m) for m in merges]}
     else:
         raise UnsupportedFileError(f"{path}: neither byte-level BPE nor BPE with byte fallback")
-    metadata |= {"tokens": tokens, "token_type": kinds, **_added_around(parsed)}
+    metadata |= {"tokens": tokens, "token_type": kinds, **_added_around(parsed, tokens)}
     if model.get("unk_token") in tokens:
         metadata["unknown_token_id"] = tokens.index(model["unk_token"])
     found = {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value != []}
@@ -130,15 +130,18 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
         yield part
 
 
-def _added_around(parsed: dict[str, Any]) -> dict[str, bool]:
-    """Whether encoding puts a special token before and after the text."""
-    before = after = False
+def _added_around(parsed: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """Whether encoding puts a special token before and after the text, and which."""
+    found: dict[str, Any] = {"add_bos_token": False, "add_eos_token": False}
     for step in _steps(parsed.get("post_processor")):
         single = step.get("single")
-        if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            before = before or "SpecialToken" in single[0]
-            after = after or "SpecialToken" in single[-1]
-    return {"add_bos_token": before, "add_eos_token": after}
+        if step.get("type") != "TemplateProcessing" or not isinstance(single, list) or not single:
+            continue
+        for role, piece in (("bos", single[0]), ("eos", single[-1])):
+            token = (piece.get("SpecialToken") or {}).get("id") if isinstance(piece, dict) else None
+            if token in tokens:
+                found |= {f"add_{role}_token": True, f"{role}_token_id": tokens.index(token)}
+    return found
 
 
 def _template(folder: Path) -> str | None:
