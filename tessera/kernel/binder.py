@@ -27,7 +27,7 @@ def make_launcher(signature: Signature, table: Mapping[Any, Callable[..., None]]
     Args:
         table: specialisation key -> compiled kernel.
         slow: (arguments, key) -> compiled kernel; raises what is wrong, or compiles and fills the table.
-        empty: (compiled, arguments, sizes) -> None, called when a size is 0.
+        empty: (key, arguments, sizes) -> None, called when a size is 0.
     """
     space: dict[str, Any] = {"_table": table, "_slow": slow, "_empty": empty, "_environment": _environment.get}
     return _function(signature.name, source_text(signature, space), space)
@@ -87,7 +87,7 @@ def source_text(signature: Signature, space: dict[str, Any]) -> str:
               f"        _run = _slow({_tuple([identifier(p.name) for p in signature.parameters])}, _key)",
               f"    _sizes = {_tuple(list(variables.values()))}"]
     if signature.sizes:
-        lines += ["    if 0 in _sizes:", f"        return _empty(_run, {run_time}, _sizes)"]
+        lines += ["    if 0 in _sizes:", f"        return _empty(_key, {run_time}, _sizes)"]
     lines.append(f"    _run({run_time}, _sizes)")
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,7 @@ from tessera.kernel.signature import (
     make_signature,
     read_parameters,
 )
+from tessera.kernel.specialise import Run, Specialisation, Table, Tuner
 from tessera.types import DType, dtype_of, f32, int4, uint8
 
 
@@ -45,12 +46,14 @@ class Kernel:
     """
 
     def __init__(self, function: types.FunctionType, *, name: str | None = None,
-                 schedule: Mapping[str, Any] | None = None, retypes: Mapping[DType, DType] | None = None) -> None:
+                 schedule: Mapping[str, Any] | None = None, retypes: Mapping[DType, DType] | None = None,
+                 tuner: Tuner | None = None) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.name = name or function.__name__
         self.schedule = {**getattr(function, "__tile_schedule__", {}), **(schedule or {})}
         self.retypes = dict(retypes or {})
+        self.tuner: Tuner | None = tuner or getattr(function, "__tile_tuner__", None)
         self.__tile_kernel__ = self
         self._variants: dict[Any, Variant] = {}
         self._static: dict[Any, tuple[list[Parameter], list[tuple[int, str, int]]]] = {}
@@ -267,12 +270,17 @@ class Kernel:
     def retype(self, types_: Mapping[Any, Any]) -> Kernel:
         """The same kernel with dtypes replaced, in annotations and body: retype({ts.bf16: ts.f32})."""
         replaced = {dtype_of(old): dtype_of(new) for old, new in types_.items()}
-        return Kernel(self.function, name=self.name, schedule=self.schedule, retypes={**self.retypes, **replaced})
+        return Kernel(self.function, name=self.name, schedule=self.schedule, tuner=self.tuner,
+                      retypes={**self.retypes, **replaced})
 
     def with_schedule(self, **options: Any) -> Kernel:
         """The same kernel under another schedule; options as for `ts.schedule`."""
         schedule = {**self.schedule, **flatten(options)}
-        return Kernel(self.function, name=self.name, schedule=schedule, retypes=self.retypes)
+        return Kernel(self.function, name=self.name, schedule=schedule, retypes=self.retypes, tuner=self.tuner)
+
+    def with_tuner(self, tuner: Tuner) -> Kernel:
+        """The same kernel, its schedule chosen by a tuner; what `ts.autotune` calls."""
+        return Kernel(self.function, name=self.name, schedule=self.schedule, retypes=self.retypes, tuner=tuner)
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"
@@ -286,16 +294,20 @@ class Variant:
         self.signature = signature
         self.named = {**signature.named, **constants}
         self.instance = instance
-        self._table: dict[Any, backends.Compiled] = {}
-        self._outputs: dict[int, list[int]] = {}
-        self.launch = make_launcher(signature, self._table, self._slow, self._empty)
+        self._table = Table()
+        self.launch = make_launcher(signature, self._table.runs, self._slow, self._empty)
 
     def trace(self, values: Sequence[Any]) -> Function:
         """The IR for arguments that are tensors, dtypes, numbers or constants."""
-        arguments = [self._argument(p, v) for p, v in zip(self.signature.parameters, values)]
+        return self._trace(self._arguments(values), self.kernel.schedule)
+
+    def _arguments(self, values: Sequence[Any]) -> list[Argument]:
+        return [self._argument(p, v) for p, v in zip(self.signature.parameters, values)]
+
+    def _trace(self, arguments: Sequence[Argument], schedule: Mapping[str, Any]) -> Function:
         function = frontend.trace(
             self.kernel.source_tree, self.kernel.name, arguments, self.signature.sizes, self.named,
-            self.kernel.schedule, self.kernel.retypes, self.instance)
+            schedule, self.kernel.retypes, self.instance)
         if "ir" in env.get("TESSERA_DUMP").split(","):
             print(function, file=sys.stderr)
         return function
@@ -312,33 +324,28 @@ class Variant:
             dtype = int4
         return Argument(p.name, p.kind, self.signature.shapes[p.name], dtype, unit_stride)
 
-    def _slow(self, values: Sequence[Any], key: Any) -> backends.Compiled:
+    def _slow(self, values: Sequence[Any], key: Any) -> Run:
         """Say what is wrong with a launch, or compile it."""
         check_launch(self.signature, {p.name: v for p, v in zip(self.signature.parameters, values)})
         for p, value in zip(self.signature.parameters, values):
             if p.kind == "constant" and not _is_hashable(value):
                 raise LaunchError(f"kernel {self.kernel.name}: {p.name}={value!r} cannot be a compile-time value")
         with self.kernel._lock:
-            found = self._table.get(key)
-            if found is None:
-                found = self._compile(values)
-                self._table[key] = found
-            return found
+            return self._table.runs.get(key) or self._table.add(key, self._compile(values))
 
-    def _compile(self, values: Sequence[Any]) -> backends.Compiled:
-        function = self.trace(values)
-        name = env.get("TESSERA_BACKEND")
-        if name == "auto":
+    def _compile(self, values: Sequence[Any]) -> Specialisation:
+        arguments = self._arguments(values)
+        backend = env.get("TESSERA_BACKEND")
+        if backend == "auto":
             device = next(v for p, v in zip(self.signature.parameters, values) if p.kind == "tile").device
-            name = backends.for_device(device.type)
-        compiled = backends.get(name).compile(function)
-        self._outputs[id(compiled)] = [i for i, p in enumerate(function.params) if p.is_output]
-        return compiled
+            backend = backends.for_device(device.type)
+        return Specialisation(self._trace(arguments, self.kernel.schedule), backend,
+                              functools.partial(self._trace, arguments), self.kernel.tuner)
 
-    def _empty(self, compiled: backends.Compiled, args: Sequence[Any], sizes: Sequence[int]) -> None:
+    def _empty(self, key: Any, args: Sequence[Any], sizes: Sequence[int]) -> None:
         """A launch in which a size is 0 has work to do only where an output has elements."""
-        if any(args[i].numel() for i in self._outputs[id(compiled)]):
-            compiled(args, sizes)
+        if any(args[i].numel() for i in self._table.specialisations[key].outputs):
+            self._table.runs[key](args, sizes)
 
 
 class BoundKernel:
