@@ -1,0 +1,212 @@
+"""The cases of bench/kernels.py: what is computed, by whom, and what the machine would need at least.
+
+Each case has our kernel, torch's own operation (eager), the function that torch.compile gets, a float64
+reference, and either its flops or a `floor`: a torch operation that only moves the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.ops import kernels
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+SLOW_BF16_FLOPS = 4e8  # the largest bf16 product that a processor without bf16 instructions is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of the table; every callable computes the same thing."""
+
+    group: str
+    label: str
+    ours: Callable[[], None]
+    eager: Callable[[], Tensor]
+    out: Tensor  # what `ours` writes
+    expected: Callable[[], Tensor]  # in float64
+    function: Callable[..., Tensor] | None = None  # for torch.compile, with `arguments`
+    arguments: Sequence[object] = ()
+    floor: Callable[[], object] | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+    goal: float = field(default=1.2)  # times the best peer
+
+    @property
+    def tolerance(self) -> float:
+        """Largest error allowed, relative to the largest value expected."""
+        return 1e-5 if self.out.dtype == torch.float32 else 2.0**-8
+
+
+def pointwise_cases(quick: bool) -> Iterator[Case]:
+    """Rows and elementwise operations, bound by memory."""
+    scale = 8 if quick else 1
+    for name, dtype in DTYPES.items():
+        for rows, width in [(8192 // scale, 1024), (2048 // scale, 4096)]:
+            yield _rms_norm(name, dtype, rows, width)
+            yield _softmax(name, dtype, rows, width)
+        for rows, classes in [(512 // scale, 50257), (256 // scale, 131072)]:
+            yield _cross_entropy(name, dtype, rows, classes)
+        yield _swiglu(name, dtype, 2048 // scale, 4096)
+        for width in (64, 128):
+            yield _rope(name, dtype, 2048 // scale, 2048 // width, width)
+    for name, dtype in [("f32->bf16", torch.float32), ("fp8->bf16", torch.float8_e4m3fn)]:
+        yield _embedding(name, dtype, 8192 // scale, 2048)
+
+
+def gemm_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
+    """Square and skinny matrix products with the weight as [N, K], as a linear layer has it."""
+    sizes = [256, 512] if quick else [256, 512, 1024, 2048, 4096]
+    skinny = [(576, 1536)] if quick else [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]
+    shapes = [(size, size, size) for size in sizes] + [(m, n, k) for m in (1, 8, 32) for n, k in skinny]
+    for name, (m, n, k) in product(DTYPES, shapes):
+        if name == "f32" or fast_bf16 or 2 * m * n * k <= SLOW_BF16_FLOPS:
+            yield _linear(name, DTYPES[name], m, n, k)
+
+
+def attention_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
+    """Causal attention with 8 heads that share 8 or 2 heads of keys and values."""
+    lengths = [512] if quick else [512, 1024, 2048, 4096]
+    for name, width, length, kv_heads in product(DTYPES, (64, 128), lengths, (8, 2)):
+        small = length == 512 and width == 64
+        if (kv_heads == 8 or length == 1024) and (name == "f32" or fast_bf16 or small):
+            yield _attention(name, DTYPES[name], 8, kv_heads, length, width)
+
+
+def _rms_norm(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
+    x, weight = torch.randn(rows, width).to(dtype), torch.rand(width).to(dtype)
+    out = torch.empty_like(x)
+
+    def formula(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+    return Case(
+        group="rms_norm", label=f"rms_norm {name} {rows}x{width}", out=out,
+        ours=lambda: kernels.rms_norm_kernel(x, weight, out, 1e-6), eager=lambda: formula(x, weight),
+        expected=lambda: formula(x.double(), weight.double()), function=formula, arguments=(x, weight),
+        floor=_move([x], out), bytes=2 * x.nbytes)
+
+
+def _softmax(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
+    x = torch.randn(rows, width).to(dtype)
+    out = torch.empty_like(x)
+
+    def formula(x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+    return Case(
+        group="softmax", label=f"softmax {name} {rows}x{width}", out=out,
+        ours=lambda: kernels.softmax_kernel(x, out), eager=lambda: formula(x),
+        expected=lambda: formula(x.double()), function=formula, arguments=(x,),
+        floor=_move([x], out), bytes=2 * x.nbytes)
+
+
+def _cross_entropy(name: str, dtype: torch.dtype, rows: int, classes: int) -> Case:
+    x, targets = torch.randn(rows, classes).to(dtype), torch.randint(classes, (rows,))
+    loss = torch.empty(rows)
+
+    def formula(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(x.float(), targets, reduction="none")
+
+    return Case(
+        group="cross_entropy", label=f"cross_entropy {name} {rows}x{classes}", out=loss,
+        ours=lambda: kernels.cross_entropy_kernel(x, targets, loss), eager=lambda: formula(x, targets),
+        expected=lambda: F.cross_entropy(x.double(), targets, reduction="none"), function=formula,
+        arguments=(x, targets), floor=_move([x], None), bytes=x.nbytes)
+
+
+def _swiglu(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
+    gate, up = (torch.randn(rows, width).to(dtype) for _ in range(2))
+    out = torch.empty_like(gate)
+
+    def formula(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    return Case(
+        group="swiglu", label=f"swiglu {name} {rows}x{width}", out=out,
+        ours=lambda: kernels.swiglu_kernel(gate, up, out), eager=lambda: formula(gate, up),
+        expected=lambda: formula(gate.double(), up.double()), function=formula, arguments=(gate, up),
+        floor=_move([gate, up], out), bytes=3 * out.nbytes)
+
+
+def _rope(name: str, dtype: torch.dtype, length: int, heads: int, width: int) -> Case:
+    x, angles = torch.randn(length, heads, width).to(dtype), torch.randn(length, width // 2)
+    cos, sin, out = angles.cos(), angles.sin(), torch.empty_like(x)
+
+    def formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.to(cos.dtype).chunk(2, -1)
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
+
+    return Case(
+        group="rope", label=f"rope {name} {length}x{heads}x{width}", out=out,
+        ours=lambda: kernels.rope_kernel(x, cos, sin, out), eager=lambda: formula(x, cos, sin),
+        expected=lambda: formula(x.double(), cos.double(), sin.double()), function=formula,
+        arguments=(x, cos, sin), floor=_move([x], out), bytes=2 * x.nbytes)
+
+
+def _embedding(name: str, dtype: torch.dtype, tokens: int, width: int) -> Case:
+    table, ids = torch.randn(32000, width).to(dtype), torch.randint(32000, (tokens,))
+    out = torch.empty(tokens, width, dtype=torch.bfloat16)
+    rows = table[:tokens]
+
+    def formula(table: Tensor, ids: Tensor) -> Tensor:
+        return (table[ids].float() * 0.5).bfloat16()
+
+    return Case(
+        group="embedding", label=f"embedding {name} {tokens}x{width}", out=out,
+        ours=lambda: kernels.casted_embedding_kernel(ids, table, out, 0.5), eager=lambda: formula(table, ids),
+        expected=lambda: table[ids].double() * 0.5, function=formula, arguments=(table, ids),
+        floor=_move([rows], out), bytes=rows.nbytes + out.nbytes)
+
+
+def _linear(name: str, dtype: torch.dtype, m: int, n: int, k: int) -> Case:
+    x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    out = torch.empty(m, n, dtype=dtype)
+    return Case(
+        group="gemm", label=f"gemm {name} {m}x{n}x{k}", out=out, goal=1.5 if m <= 8 else 1.1 if name == "f32" else 0.9,
+        ours=lambda: kernels.linear_kernel(x, weight, out), eager=lambda: F.linear(x, weight),
+        expected=lambda: x[:16].double() @ weight.double().T, flops=2.0 * m * n * k, bytes=weight.nbytes,
+        floor=_move([weight], None) if m <= 32 else None)
+
+
+def _attention(name: str, dtype: torch.dtype, heads: int, kv_heads: int, length: int, width: int) -> Case:
+    q = torch.randn(1, heads, length, width).to(dtype)
+    k, v = (torch.randn(1, kv_heads, length, width).to(dtype) for _ in range(2))
+    out, scale = torch.empty_like(q), width**-0.5
+
+    def expected() -> Tensor:
+        parts = (t[:, -1:].double() for t in (q, k, v))
+        return F.scaled_dot_product_attention(*parts, is_causal=True)[:, 0]
+
+    def eager() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != heads)
+
+    return Case(
+        group="attention", label=f"attention {name} {heads}/{kv_heads}x{length}x{width}", out=out[:, -1],
+        goal=1.2 if name == "f32" else 1.5,
+        ours=lambda: kernels.flash_attention_kernel(q, k, v, out, scale, causal=True), eager=eager,
+        expected=expected, flops=2.0 * heads * length**2 * width)
+
+
+def _move(inputs: Sequence[Tensor], out: Tensor | None) -> Callable[[], object]:
+    """A torch operation on f32 that reads as many bytes as `inputs` have and writes as many as `out` has."""
+    words = [x.reshape(-1).view(torch.uint8)[:x.nbytes // 4 * 4].view(torch.float32) for x in inputs]
+    if out is None:
+        return words[0].sum
+    target = torch.empty(out.nbytes // 4)
+    if len(words) == 2:
+        return lambda: torch.add(words[0], words[1], out=target)
+    if words[0].numel() == target.numel():
+        return lambda: target.copy_(words[0])
+    pairs = torch.empty(words[0].numel() // target.numel() or 1, target.numel()) if words[0].numel() > target.numel() \
+        else None
+    if pairs is None:
+        half = words[0].numel()
+        return lambda: (target[:half].copy_(words[0]), target[half:].fill_(0.0))
+    return lambda: torch.sum(pairs, 0, out=target)

@@ -1,0 +1,178 @@
+"""Tile kernels on the CPU beside torch, torch.compile and the machine's limit.
+
+    python bench/kernels.py [--quick] [--only NAME] [--repetitions N] [--threads N] [--fastest] [--no-compile]
+
+Every case is checked against float64 first. The systems take turns, so that a noisy moment hits all of them; the
+table shows medians, or with --fastest (for a busy machine) the best of all repetitions. "limit" is the time that the
+machine needs at least: a torch operation that moves the same bytes, or the flops at the speed of torch's 1024 x 1024
+product. "x best" is the time of torch's fastest over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from common import machine, print_table, write_results
+from kernel_cases import Case, attention_cases, gemm_cases, pointwise_cases
+
+from tessera import Kernel
+from tessera.ops import kernels
+
+SAMPLE = 2e-3  # seconds: shorter calls are timed several at once
+LAUNCHES, COMPILED = 2000, ("rms_norm_kernel", "softmax_kernel", "cross_entropy_kernel", "swiglu_kernel", "rope_kernel",
+                            "casted_embedding_kernel", "linear_kernel", "flash_attention_kernel")
+
+
+def check(case: Case) -> float:
+    """Run our kernel; its largest error, relative to the largest value, or the end."""
+    case.out.fill_(float("nan"))
+    case.ours()
+    expected = case.expected()
+    actual = case.out[:expected.shape[0]] if case.out.ndim == expected.ndim else case.out
+    error = ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+    if not error <= case.tolerance:
+        raise SystemExit(f"{case.label}: error {error:.1e}; expected at most {case.tolerance:.1e}")
+    return error
+
+
+def systems(case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
+    """The callables to time, warm."""
+    runs: dict[str, Callable[[], object]] = {"tessera": case.ours, "eager": case.eager}
+    if compiled and case.function is not None:
+        torch._dynamo.reset()
+        function = torch.compile(case.function, dynamic=False)
+        runs["compiled"] = lambda: function(*case.arguments)
+    if case.floor is not None:
+        runs["limit"] = case.floor
+    for run in runs.values():
+        run()
+    return runs
+
+
+def measure(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of one call of each system, for each repetition; the systems take turns."""
+    calls = {name: max(1, min(1000, int(SAMPLE / max(_seconds(run, 1), 1e-7)))) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions):
+        for name, run in runs.items():
+            times[name].append(_seconds(run, calls[name]))
+    return times
+
+
+def _seconds(run: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+@torch.inference_mode()
+def run_case(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Check and time one case: seconds (medians, or the fastest), ratios to the best peer and to the limit."""
+    error = check(case)
+    times = measure(systems(case, arguments.compile), arguments.repetitions)
+    seconds = {name: (min if arguments.fastest else statistics.median)(values) for name, values in times.items()}
+    limit = seconds.pop("limit", 0.0) or case.flops / peak
+    ours = seconds["tessera"]
+    best = min(other for name, other in seconds.items() if name != "tessera")
+    return {"group": case.group, "case": case.label, "error": error, "seconds": seconds, "limit_seconds": limit,
+            "flops": case.flops, "bytes": case.bytes, "times_best": best / ours, "of_limit": limit / ours,
+            "goal": case.goal, "samples": times}
+
+
+def launch_seconds() -> float:
+    """A warm launch with 4 arguments of a kernel that has nothing to do."""
+    x, weight, out = torch.ones(1, 8), torch.ones(8), torch.empty(1, 8)
+    kernels.rms_norm_kernel(x, weight, out, 1e-6)
+    return min(_seconds(lambda: kernels.rms_norm_kernel(x, weight, out, 1e-6), LAUNCHES) for _ in range(5))
+
+
+def compile_seconds() -> Iterator[dict[str, Any]]:
+    """Cold compile of each kernel, and its load from the disk cache by a fresh copy."""
+    before, folder = os.environ.get("TESSERA_CACHE_DIR"), tempfile.mkdtemp()
+    os.environ["TESSERA_CACHE_DIR"] = folder
+    try:
+        for name in COMPILED:
+            kernel, arguments = getattr(kernels, name), _small_arguments(name)
+            cold, cached = (_first_launch(kernel, arguments) for _ in range(2))
+            yield {"kernel": name, "cold_seconds": cold, "cached_seconds": cached}
+    finally:
+        os.environ.pop("TESSERA_CACHE_DIR")
+        if before is not None:
+            os.environ["TESSERA_CACHE_DIR"] = before
+        shutil.rmtree(folder)
+
+
+def _first_launch(kernel: Kernel, arguments: tuple[Any, ...]) -> float:
+    fresh = kernel.retype({})
+    return _seconds(lambda: fresh(*arguments), 1)
+
+
+def _small_arguments(name: str) -> tuple[Any, ...]:
+    x, row, ids, heads = torch.ones(2, 64), torch.ones(64), torch.zeros(2, dtype=torch.int64), torch.ones(1, 2, 4, 16)
+    cases: dict[str, tuple[Any, ...]] = {
+        "rms_norm_kernel": (x, row, x.clone(), 1e-6), "softmax_kernel": (x, x.clone()),
+        "cross_entropy_kernel": (x, ids, torch.empty(2)), "swiglu_kernel": (x, x, x.clone()),
+        "rope_kernel": (x.reshape(2, 2, 32), x[:, :16].contiguous(), x[:, :16].contiguous(), torch.empty(2, 2, 32)),
+        "casted_embedding_kernel": (ids, x, x.clone(), 1.0), "linear_kernel": (x, x, torch.empty(2, 2)),
+        "flash_attention_kernel": (heads, heads, heads, heads.clone(), 0.25),
+    }
+    return cases[name]
+
+
+def cases(arguments: argparse.Namespace, fast_bf16: bool) -> Iterator[Case]:
+    """The cases whose group or label holds --only; each is freed before the next is made."""
+    torch.manual_seed(0)
+    for made in (pointwise_cases(arguments.quick), gemm_cases(arguments.quick, fast_bf16),
+                 attention_cases(arguments.quick, fast_bf16)):
+        yield from (case for case in made if arguments.only in case.label)
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    seconds = result["seconds"]
+    compiled = f"{seconds['compiled'] * 1e3:.3f}" if "compiled" in seconds else "-"
+    good = result["times_best"] >= result["goal"] or (result["flops"] == 0 and result["of_limit"] >= 0.85)
+    return [result["case"], f"{seconds['tessera'] * 1e3:.3f}", f"{seconds['eager'] * 1e3:.3f}", compiled,
+            f"{result['limit_seconds'] * 1e3:.3f}", f"{result['times_best']:.2f}", f"{result['goal']:.1f}",
+            f"{result['of_limit']:.0%}", "yes" if good else "no"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
+    parser.add_argument("--only", default="", help="cases whose label has this text")
+    parser.add_argument("--repetitions", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fastest", action="store_true", help="the fastest repetition instead of the median")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    arguments = parser.parse_args()
+    arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 15)
+    arguments.compile = arguments.compile and shutil.which(os.environ.get("CXX", "g++")) is not None
+    torch.set_num_threads(arguments.threads)
+    about = machine()
+    fast_bf16 = about["bf16_flops"] > about["f32_flops"] / 10
+    results = [run_case(case, about["bf16_flops" if " bf16 " in case.label and fast_bf16 else "f32_flops"], arguments)
+               for case in cases(arguments, fast_bf16)]
+    print_table(["milliseconds", "tessera", "eager", "compiled", "limit", "x best", "goal", "of limit", "met"],
+                [row(result) for result in results])
+    overhead = {"launch_seconds": launch_seconds(), "compile": list(compile_seconds())}
+    print(f"\nwarm launch, 4 arguments: {overhead['launch_seconds'] * 1e6:.1f} us")
+    print_table(["milliseconds", "cold compile", "from disk"],
+                [[c["kernel"], f"{c['cold_seconds'] * 1e3:.0f}", f"{c['cached_seconds'] * 1e3:.1f}"]
+                 for c in overhead["compile"]])
+    if not arguments.only and not arguments.quick:
+        path = write_results("kernels", {"machine": about, "options": vars(arguments), "cases": results, **overhead})
+        print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
