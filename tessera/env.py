@@ -51,7 +51,8 @@ VARIABLES: dict[str, Variable] = {
         default="auto", parse=_choice("auto", "interp", "cpu", "cuda"),
         doc="Which backend runs kernels: auto chooses by the tensors' device."),
     "TESSERA_DUMP": Variable(
-        default="", parse=str, doc="Comma list of ir, passes, llvm, asm, triton: print what the compiler makes to stderr."),
+        default="", parse=str,
+        doc="Comma list of ir, passes, llvm, asm, triton: print what the compiler makes to stderr."),
     "TESSERA_CPU": Variable(
         default="host", parse=_choice("host", "avx512", "avx2", "generic"),
         doc="Instruction set that the CPU backend generates for; host reads it from the machine."),

@@ -11,12 +11,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tessera import __version__, env
 from tessera.cli.options import ModelOptions, SamplingOptions
+
+_Misuse: Any = typer.BadParameter.__base__  # of every error that typer raises for wrong arguments
 
 app = typer.Typer(
     name="tessera", add_completion=False, no_args_is_help=True, rich_markup_mode=None,
@@ -174,7 +176,7 @@ def _one_line(error: Exception) -> str:
     """What is wrong, for a user: our own errors and the system's as they are, others with their kind."""
     from tessera.errors import TesseraError
 
-    if isinstance(error, typer.BadParameter.__base__):  # every misuse of the command line
+    if isinstance(error, _Misuse):
         text = error.format_message() + " (see --help)"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

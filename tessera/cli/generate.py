@@ -15,6 +15,7 @@ from typing import Any
 from tessera.cli.loading import Session, load
 from tessera.cli.options import ModelOptions, SamplingOptions
 from tessera.errors import InputError, NotFoundError
+from tessera.infer.engine import GenerationResult
 
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -44,7 +45,7 @@ def run(
         _stream(session, ids, options)
     else:
         result = session.engine.generate_detailed([ids], tokenizer=session.tokenizer, **options)
-        print(result.texts[0])
+        print(_text(result))
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -97,13 +98,18 @@ def _stream(session: Session, ids: list[int], options: dict[str, Any]) -> None:
         print(flush=True)
 
 
+def _text(result: GenerationResult) -> str:
+    assert result.texts is not None  # a tokenizer was given
+    return result.texts[0]
+
+
 def _report(session: Session, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     result = session.engine.generate_detailed([ids], tokenizer=session.tokenizer, **options)
     seconds = time.perf_counter() - start
     n_new = len(result.new_tokens[0])
     return {
-        "text": result.texts[0], "finish_reason": result.finish_reasons[0], "prompt_tokens": len(ids),
+        "text": _text(result), "finish_reason": result.finish_reasons[0], "prompt_tokens": len(ids),
         "new_tokens": n_new, "dtype": session.dtype, "load_seconds": round(session.load_seconds, 3),
         "generate_seconds": round(seconds, 3), "tokens_per_second": round(n_new / seconds, 2),
     }

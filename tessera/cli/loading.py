@@ -65,7 +65,7 @@ def load(options: ModelOptions) -> Session:
 
 def fastest_dtype() -> str:
     """bf16 where the processor has instructions for it, else f32: emulated, it is a hundred times slower."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
     names = ("avx512_bf16", "amx_bf16", "bf16")  # the last on AArch64
     return "bf16" if any(has.get(name, False) for name in names) else "f32"
 
