@@ -31,21 +31,33 @@ class ParallelDim:
     mma_columns: bool  # the N of a matmul
 
 
-BlockSizes = Callable[[Function, Sequence[ParallelDim]], Sequence[int | None]]
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a dim is cut: blocks of at most `most` elements, `step` of them at run time (default: `most`).
+
+    `step` may depend on the launch: sizes, and `THREADS`. Scratch memory is laid out for `most`.
+    """
+
+    most: int
+    step: Dim | None = None
+
+
+THREADS = Dim.atom("$threads")  # how many threads run the launch
+BlockSizes = Callable[[Function, Sequence[ParallelDim]], Sequence[Cut | None]]
 
 
 def parallelize(function: Function, choose: BlockSizes) -> None:
     """Rewrite in place; nothing happens where there is a grid already, or nothing to cut.
 
     Args:
-        choose: gives a block size for each parallel dim; None leaves the dim whole.
+        choose: says how to cut each parallel dim; None leaves it whole.
     """
     if any(op.name == "grid" for op in function.body.ops):
         return
     classes = AxisClasses(function)
     roots = _parallel_roots(function, classes)
     dims = [_describe(function, classes, root) for root in roots]
-    cuts = {root: (dim.size, block) for root, dim, block in zip(roots, dims, choose(function, dims)) if block}
+    cuts = {root: (dim.size, cut) for root, dim, cut in zip(roots, dims, choose(function, dims)) if cut}
     if cuts:
         _Cutter(function, classes, cuts).run()
 
@@ -100,10 +112,14 @@ def _describe(function: Function, classes: AxisClasses, root: Node) -> ParallelD
                        mma_columns=at(mmas, -1))
 
 
+def _step(cut: Cut) -> Dim:
+    return Dim.of(cut.most) if cut.step is None else cut.step
+
+
 class _Cutter:
     """Rewrites types and accesses so that the body works on one block of each cut class."""
 
-    def __init__(self, function: Function, classes: AxisClasses, cuts: dict[Node, tuple[Dim, int]]) -> None:
+    def __init__(self, function: Function, classes: AxisClasses, cuts: dict[Node, tuple[Dim, Cut]]) -> None:
         self.function, self.classes, self.cuts = function, classes, cuts
         self.builder = Builder(function)
         self.starts: dict[Node, Value] = {}
@@ -114,12 +130,12 @@ class _Cutter:
         builder, body = self.builder, self.function.body
         region = Block()
         self.function.body = builder.block = Block()
-        counts = [builder.size(size.ceildiv(block)) for size, block in self.cuts.values()]
+        counts = [builder.size(size.ceildiv(_step(cut))) for size, cut in self.cuts.values()]
         region.args = [builder.argument(TileTy((), counts[0].type.dtype)) for _ in counts]
         builder.emit("grid", counts, regions=[region])
         with builder.inside(region):
-            for (root, (_, block)), index in zip(self.cuts.items(), region.args):
-                self.starts[root] = index if block == 1 else builder.binary("mul", index, builder.const(block))
+            for (root, (_, cut)), index in zip(self.cuts.items(), region.args):
+                self.starts[root] = index if cut.most == 1 else builder.binary("mul", index, builder.size(_step(cut)))
         self._rewrite(body)
         region.ops += body.ops
 
@@ -149,13 +165,13 @@ class _Cutter:
             self._shift_iota(op, self.starts[roots[op.attrs["axis"]]])
 
     def _cut(self, root: Node) -> tuple[Dim, Dim | None]:
-        size, block = self.cuts[root]
-        if block == 1:
+        size, cut = self.cuts[root]
+        if cut.most == 1:
             return Dim.of(1), None
         start = self.starts[root].expr
         assert start is not None
-        valid = Dim.of(block).minimum(size - start)
-        return Dim.of(block), None if valid.const == block else valid
+        valid = _step(cut).minimum(size - start)
+        return Dim.of(cut.most), None if valid.const == cut.most else valid
 
     def _cut_type(self, value: Value) -> TileTy:
         if value.name in self.params or not value.type.rank:

@@ -15,7 +15,8 @@ import torch
 
 from tessera.errors import LaunchError
 from tessera.kernel import cache
-from tessera.kernel.backends.cpu import blocks, jit, threads
+from tessera.kernel.backends.cpu import blocks, jit
+from tessera.kernel.backends.cpu import threads as openmp
 from tessera.kernel.backends.cpu.host import Target, target
 from tessera.kernel.backends.cpu.lower import asserts, lower
 from tessera.kernel.ir import Function
@@ -28,8 +29,8 @@ class Compiled:
     def __init__(self, function: Function, host: Target) -> None:
         self._function, self._host = function, host
         code = cache.cached(f"cpu {host.key}\n{function}\n{function.schedule}", self._compile)
-        self._library = jit.load_object(code, host, threads.symbols())
-        self._launch = threads.entry(self._library)
+        self._library = jit.load_object(code, host, openmp.symbols())
+        self._launch = openmp.entry(self._library)
         self._pack = struct.Struct(_slot_format(function)).pack
         self._asserts = asserts(function)
 
@@ -39,9 +40,9 @@ class Compiled:
     @cached_property
     def source(self) -> str:
         """The LLVM text that the code was made from."""
-        function = prepare(self._function, blocks.choose)
+        function = prepare(self._function, lambda f, dims: blocks.choose(f, dims, self._host))
         module, segments = lower(function, self._host)
-        threads.emit_launch(module, segments)
+        openmp.emit_launch(module, segments)
         return module.text()
 
     def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
@@ -52,12 +53,13 @@ class Compiled:
                 slots += arg.stride()
             else:
                 slots.append(arg)
-        packed = self._pack(*slots, *sizes, 0)
+        threads = torch.get_num_threads()
+        packed = self._pack(*slots, *sizes, threads, 0)
         if not self._asserts:
-            self._launch(packed, torch.get_num_threads())
+            self._launch(packed, threads)
             return
         memory = ctypes.create_string_buffer(packed, len(packed))
-        self._launch(ctypes.cast(memory, ctypes.c_char_p), torch.get_num_threads())
+        self._launch(ctypes.cast(memory, ctypes.c_char_p), threads)
         failed = struct.unpack("q", memory.raw[-8:])[0]
         if failed:
             op = self._asserts[failed - 1]
@@ -65,12 +67,12 @@ class Compiled:
 
 
 def _slot_format(function: Function) -> str:
-    """The struct format of the packed arguments: what `Context` reads, and the status slot."""
+    """The struct format of the packed arguments: what `Context` reads, the number of threads, the status slot."""
     slots = ""
     for param in function.params:
         dtype = param.value.type.dtype
         slots += "q" * (1 + param.value.type.rank) if param.is_view else "d" if dtype.is_float else "q"
-    return slots + "q" * (len(function.sizes) + 1)
+    return slots + "q" * (len(function.sizes) + 2)
 
 
 def compile(function: Function) -> Compiled:

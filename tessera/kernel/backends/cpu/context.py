@@ -87,6 +87,8 @@ class Context:
             for name in self.function.sizes:
                 self.sizes[name] = self._slot(slot, I64)
                 slot += 1
+            self.sizes["$threads"] = self._slot(slot, I64)
+            slot += 1
             self.status = self.b.gep(self.args, slot, I64)  # 0, or the number of an assertion that failed
 
     def _load_param(self, param: Param, slot: int) -> int:
