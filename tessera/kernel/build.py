@@ -331,7 +331,8 @@ class Builder:
         axis = self.axis(x, axis, f"reduce_{kind}")
         dtype = x.type.dtype
         if (kind in ("any", "all")) != (dtype == bool_):
-            raise TypeRuleError(f"reduce_{kind}: {dtype} given; expected {'bool' if kind in ('any', 'all') else 'numbers'}", x)
+            expected = "bool" if kind in ("any", "all") else "numbers"
+            raise TypeRuleError(f"reduce_{kind}: {dtype} given; expected {expected}", x)
         if kind == "mean" and not dtype.is_float:
             raise TypeRuleError(f"reduce_mean: {dtype} given; expected a float", x)
         if kind in ("sum", "mean"):
@@ -373,7 +374,8 @@ class Builder:
         if b.type.shape[:-2] not in ((), batch):
             raise TypeRuleError(f"mma: batch dims differ: {show(a)} x {show(b)}", a, b)
         a, b, dtype = self._mma_operands(a, b)
-        valid = (*(join_valid(a, b)[:-2] if b.type.shape[:-2] else a.type.valid[:-2]), a.type.valid[-2], b.type.valid[-1])
+        shared = join_valid(a, b)[:-2] if b.type.shape[:-2] else a.type.valid[:-2]
+        valid = (*shared, a.type.valid[-2], b.type.valid[-1])
         type_ = TileTy((*batch, a.type.shape[-2], b.type.shape[-1]), dtype, valid)
         if acc is not None and (acc.type.shape != type_.shape or acc.type.dtype != dtype):
             raise TypeRuleError(f"mma: accumulator is {show(acc)}; expected {dtype}{list(type_.shape)}", acc, a, b)
@@ -430,7 +432,8 @@ class Builder:
 
     def _fit(self, view: Value, x: Value, what: str) -> Value:
         if not isinstance(view.type, ViewTy):
-            raise TypeRuleError(f"{what}: target is the tile {show(view)}; expected a parameter or a slice of one", view)
+            raise TypeRuleError(
+                f"{what}: target is the tile {show(view)}; expected a parameter or a slice of one", view)
         if view.type.dtype == int4:
             raise TypeRuleError(f"{what}: int4 parameters are read-only", view)
         if (x.type.dtype.is_float != view.type.dtype.is_float) and x.type.dtype != bool_ and view.type.dtype != bool_:

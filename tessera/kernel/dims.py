@@ -269,9 +269,11 @@ def _from_ast(node: ast.expr) -> Dim:
     if isinstance(node, ast.Constant) and isinstance(node.value, int) and not isinstance(node.value, bool):
         return Dim.of(node.value)
     if isinstance(node, ast.BinOp):
-        if isinstance(node.op, ast.Div) and isinstance(node.left, ast.Name) and isinstance(node.right, ast.Constant):
-            return Dim.atom(f"{node.left.id}/{int(node.right.value)}")
         left, right = _from_ast(node.left), _from_ast(node.right)
+        if isinstance(node.op, (ast.Div, ast.FloorDiv, ast.Mod)) and right.const == 0:
+            raise ValueError("division by zero")
+        if isinstance(node.op, ast.Div) and isinstance(node.left, ast.Name) and (right.const or 0) > 0:
+            return Dim.atom(f"{node.left.id}/{right.const}")
         operations: dict[type, Callable[[], Dim]] = {
             ast.Add: lambda: left + right, ast.Sub: lambda: left - right, ast.Mult: lambda: left * right,
             ast.Div: lambda: left // right, ast.FloorDiv: lambda: left // right, ast.Mod: lambda: left % right,

@@ -200,7 +200,8 @@ class AxisClasses:
         stop = int(bool(op.attrs.get("early_exit")))
         for init, arg, after, result in zip(
                 op.operands[3:], body.args[1:], body.terminator.operands[stop:], op.results):
-            self._join_all(result, init), self._join_all(result, arg), self._join_all(result, after)
+            for value in (init, arg, after):
+                self._join_all(result, value)
 
     def _while(self, op: Op) -> None:
         before, body = op.regions

@@ -191,8 +191,8 @@ class _Cutter:
         starts: list[Value] = []
         for axis in range(view.type.rank):
             root = self.classes.find(tile, axis + offset) if axis + offset >= 0 else None
-            whole = root not in self.cuts or (op.name in ("gather", "scatter") and axis == 0)
-            if whole:
+            looked_up = op.name in ("gather", "scatter") and axis == 0
+            if root is None or root not in self.cuts or looked_up:
                 spec.append(("all",))
             else:
                 starts.append(self.starts[root])

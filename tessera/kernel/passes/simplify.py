@@ -30,7 +30,9 @@ def remove_dead(function: Function) -> None:
         used = {v.name for op in ir.walk(function.body) for v in op.operands}
         for op in ir.walk(function.body):
             # Shapes may depend on run-time scalars through their dims.
-            used |= {atom for r in op.results for d in (*r.type.shape, *r.type.valid) if d is not None for atom in d.atoms}
+            for result in op.results:
+                for dim in (*result.type.shape, *result.type.valid):
+                    used |= dim.atoms if dim is not None else set()
         if not _sweep_dead(function.body, used):
             return
 
@@ -125,7 +127,7 @@ class _Rewriter:
             if made is None or self.uses[product.name] != 1 or not op.result.type.dtype.is_float:
                 continue
             if made.name == "mma" and len(made.operands) == 2 and other.type == product.type:
-                return self.builder.mma(*made.operands, other)
+                return self.builder.mma(made.operands[0], made.operands[1], other)
             if made.name == "mul" and other.type.dtype == made.result.type.dtype:
                 return self.builder.emit("fma", [*made.operands, other], [op.result.type]).result
         return None

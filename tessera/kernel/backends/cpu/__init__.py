@@ -59,7 +59,7 @@ class Compiled:
             self._launch(packed, threads)
             return
         memory = ctypes.create_string_buffer(packed, len(packed))
-        self._launch(ctypes.cast(memory, ctypes.c_char_p), threads)
+        self._launch(memory, threads)  # type: ignore[arg-type]  # ctypes takes a writable buffer as well
         failed = struct.unpack("q", memory.raw[-8:])[0]
         if failed:
             op = self._asserts[failed - 1]

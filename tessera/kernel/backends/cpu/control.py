@@ -7,6 +7,7 @@ in a register. An update that would overwrite what another update still reads go
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu import emit
@@ -182,7 +183,7 @@ class _Carried:
                     write(ctx, copies[-1][1], yielded[i])
                 pending.discard(i)
         for i, memory in copies:
-            write(ctx, self.buffers[i], self.args[i], lambda point, memory=memory: load(ctx, memory, point))
+            write(ctx, self.buffers[i], self.args[i], partial(load, ctx, memory))
         return flag + scalars
 
     def _may_overwrite(self, i: int, reads: dict[int, dict[str, bool]], pending: set[int]) -> bool:

@@ -132,14 +132,14 @@ def _through_broadcast(op: Op, point: Point) -> Point:
 def _through_slice(ctx: Context, op: Op, point: Point) -> Point:
     indices, axis, position = [], None, 0
     for source_axis, entry in enumerate(op.attrs["spec"]):
-        start = None if entry[0] == "all" else index64(ctx, ctx.scalars[op.operands[entry[1]].name])
+        start = emit.const(0, I64) if entry[0] == "all" else index64(ctx, ctx.scalars[op.operands[entry[1]].name])
         if entry[0] == "at":
             indices.append(start)
             continue
         if position == point.axis:
             axis = source_axis
         index = point.indices[position]
-        indices.append(index if start is None or index is ANY else ctx.b.add(index, start))
+        indices.append(index if index is ANY else ctx.b.add(index, start))
         position += 1
     return point.pick(indices, axis)
 
@@ -309,7 +309,7 @@ def compute(ctx: Context, op: Op, operands: Sequence[Val], point: Point | None =
         return b.select(_widen(ctx, operands[0], operands[1:]), operands[1], operands[2])
     if name == "rand":
         return vmath.rand(b, *_uniform_lanes(ctx, operands))
-    return _binary(ctx, name, *operands, point)
+    return _binary(ctx, name, operands[0], operands[1], point)
 
 
 def _fma(ctx: Context, x: Val, y: Val, z: Val) -> Val:
@@ -362,7 +362,8 @@ def cast(ctx: Context, x: Val, op: Op) -> Val:
     if target.kind == "bool":
         return b.cmp("ne", x, 0 if not source.is_float else 0.0)
     if source.is_float and target.is_float:
-        x = b.cast("fptrunc" if source.bits == 64 and ty != emit.F64 else "fpext", x, ty) if emit.elem(x.ty) != ty else x
+        if emit.elem(x.ty) != ty:
+            x = b.cast("fptrunc" if source.bits == 64 else "fpext", x, ty)
         return round_to(b, x, target) if target.bits < 32 else x
     if source.is_float:
         return _float_to_int(b, x, target)

@@ -7,7 +7,8 @@ innermost index is computed before the innermost loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tessera.kernel.backends.cpu import emit
 from tessera.kernel.backends.cpu.context import Context, Memory
@@ -67,26 +68,14 @@ def lanes_for(ctx: Context, extent: int | None, lanes: int) -> int:
     return 1 << (max(extent, 1) - 1).bit_length() if extent > 1 else 2
 
 
-class each:
+@contextmanager
+def each(ctx: Context, extent: Val) -> Iterator[Val]:
     """`with each(ctx, n) as i`: a loop of n iterations; none is emitted for n = 1."""
-
-    def __init__(self, ctx: Context, extent: Val, start: Val | int = 0) -> None:
-        self.ctx, self.extent, self.start = ctx, extent, start
-        self.loop = None
-
-    def __enter__(self) -> Val:
-        if self.extent.const == 1 and self.start == 0:
-            return emit.const(0, I64)
-        self.loop = self.ctx.b.for_(self.start, self.extent)
-        self.scope = self.ctx.scope()
-        index = self.loop.__enter__().i
-        self.scope.__enter__()
-        return index
-
-    def __exit__(self, *error) -> None:
-        if self.loop is not None:
-            self.scope.__exit__(*error)
-            self.loop.__exit__(*error)
+    if extent.const == 1:
+        yield emit.const(0, I64)
+    else:
+        with ctx.b.for_(0, extent) as loop, ctx.scope():
+            yield loop.i
 
 
 def run_lanes(ctx: Context, extent: Val, lanes: int, body: Callable[[Val, Val | None], None]) -> None:

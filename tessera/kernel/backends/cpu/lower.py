@@ -234,7 +234,8 @@ def _reshape(ctx: Context, op: Op) -> None:
     made = op.operands[0].op
     dense = op.operands[0].name in ctx.materialize or (made is not None and made.name in (*plan.BUFFERED, "reduce"))
     if dense and source is not None and op.result.type.rank:
-        count, strides = emit.const(1, I64), []
+        count = emit.const(1, I64)
+        strides: list[Val] = []
         for dim in reversed(op.result.type.shape):
             strides.insert(0, count)
             count = ctx.b.mul(count, ctx.size(dim))

@@ -115,7 +115,8 @@ def _reduce_column(ctx: Context, op: Op, point: Point) -> Val:
     moved = None if point.axis is None else point.axis + (point.axis >= axis)
     with ctx.b.for_(0, extent, carry=start) as loop, ctx.scope():
         indices = (*point.indices[:axis], loop.i, *point.indices[axis:])
-        x = element(ctx, source, Point(indices, moved, point.lanes, point.mask) if moved is not None else Point(indices))
+        at = Point(indices) if moved is None else Point(indices, moved, point.lanes, point.mask)
+        x = element(ctx, source, at)
         loop.next(rule.take(loop.carry, x, loop.i, None, stepwise=True))
     return _finish(ctx, op.attrs["kind"], rule.result(loop.results), extent)
 

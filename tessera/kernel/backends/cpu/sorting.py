@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tessera.kernel.backends.cpu import emit
 from tessera.kernel.backends.cpu.context import Context, Memory
 from tessera.kernel.backends.cpu.control import loop_while
@@ -47,7 +49,7 @@ def _sort_row(ctx: Context, op: Op, point: list[Val], extent: Val, rows: list[tu
         store(ctx, places, Point((loop.i,)), b.cast("trunc", loop.i, emit.I32))
     start = [emit.const(1, I64), keys.pointer, places.pointer, other_keys.pointer, other_places.pointer]
 
-    def once(state: list[Val]) -> list[Val]:
+    def once(state: Sequence[Val]) -> list[Val]:
         width, from_keys, from_places, to_keys, to_places = state
         run = b.mul(width, 2)
         with b.for_(0, extent, run) as loop, ctx.scope():
@@ -85,7 +87,7 @@ def _merge(ctx: Context, op: Op, source: _Pair, target: _Pair, low: Val, middle:
     """Merge [low, middle) and [middle, high); the left run wins ties, which keeps the sort stable."""
     b = ctx.b
 
-    def once(state: list[Val]) -> list[Val]:
+    def once(state: Sequence[Val]) -> list[Val]:
         left, right, to = state
         right_ended = b.cmp("ge", right, high)
         # An ended run is read at a place that exists; its value is not used.
@@ -94,8 +96,8 @@ def _merge(ctx: Context, op: Op, source: _Pair, target: _Pair, low: Val, middle:
         first, second = (right_item[0], left_item[0]) if not op.attrs["descending"] else (left_item[0], right_item[0])
         take_right = b.and_(_less(b, first, second), b.not_(right_ended))
         take_right = b.or_(take_right, b.cmp("ge", left, middle))
-        item = tuple(b.select(take_right, r, x) for x, r in zip(left_item, right_item))
-        target.write(ctx, to, item)
+        key, place = (b.select(take_right, r, x) for x, r in zip(left_item, right_item))
+        target.write(ctx, to, (key, place))
         one = b.cast("zext", take_right, I64)
         return [b.add(left, b.sub(1, one)), b.add(right, one), b.add(to, 1)]
 
