@@ -27,7 +27,7 @@ _PUBLIC: dict[str, str] = {
 }
 _SUBMODULES = ("types", "errors", "env", "kernel", "ops", "nn", "dist", "models", "data", "checkpoint", "infer")
 _ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub",
-            "distributed": "tessera.dist"}
+            "distributed": "tessera.dist", "profile": "tessera.kernel.profile"}
 
 __all__ = sorted([*_PUBLIC, *_SUBMODULES, *_ALIASES])
 

@@ -108,8 +108,9 @@ class _Counter:
         seen: dict[Any, Count] = {}
         looked = trips if len(trips) <= MAX_TRIPS else [trips[k * len(trips) // MAX_TRIPS] for k in range(MAX_TRIPS)]
         for self.known[index.name] in looked:
-            key = tuple(self._value(d) for d in dims)
-            key = self.known[index.name] if None in key else key  # an inner index, not known yet
+            key: Any = tuple(self._value(d) for d in dims)
+            if None in key:
+                key = self.known[index.name]  # a size also depends on an inner index, not known yet
             if key not in seen:
                 seen[key] = self._loops(inner, body)
             total.update(seen[key])
