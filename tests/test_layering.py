@@ -23,7 +23,7 @@ LAYERS = (
     ("ops",),
     ("nn", "dist"),
     ("models", "data", "checkpoint"),
-    ("train", "infer"),
+    ("train", "infer", "plan"),
     ("serve",),
     ("cli",),
 )
