@@ -21,6 +21,7 @@ from tessera.dist.collectives import (
 from tessera.dist.collectives_hierarchical import hierarchical_all_reduce
 from tessera.dist.collectives_p2p import recv, send
 from tessera.dist.deterministic import deterministic
+from tessera.dist.deterministic_gradients import GradientTree
 from tessera.dist.launch import launch, spawn
 from tessera.dist.mesh import Mesh, mesh
 from tessera.dist.spec import ShardSpec, tensor
@@ -28,7 +29,8 @@ from tessera.dist.world import get_rank, get_world_size, init, is_initialized, s
 from tessera.errors import CollectiveError
 
 __all__ = [
-    "CollectiveError", "Mesh", "ShardSpec", "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast",
-    "deterministic", "fan_out", "get_rank", "get_world_size", "hierarchical_all_reduce", "init", "is_initialized",
-    "launch", "mesh", "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send", "shutdown", "spawn", "tensor",
+    "CollectiveError", "GradientTree", "Mesh", "ShardSpec", "all_gather", "all_reduce", "all_to_all", "barrier",
+    "broadcast", "deterministic", "fan_out", "get_rank", "get_world_size", "hierarchical_all_reduce", "init",
+    "is_initialized", "launch", "mesh", "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send",
+    "shutdown", "spawn", "tensor",
 ]

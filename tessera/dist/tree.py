@@ -50,3 +50,13 @@ def finish_tree(nodes: dict[tuple[int, int], Tensor], n_leaves: int) -> Tensor:
         return total(low, middle) + total(middle, high)
 
     return total(0, n_leaves)
+
+
+def path_to(leaf: int, n_leaves: int) -> list[tuple[int, int, int]]:
+    """The inner nodes above a leaf, from the root down, as (first leaf, first leaf of the right half, end)."""
+    low, high, path = 0, n_leaves, []
+    while high - low > 1:
+        middle = low + (high - low + 1) // 2
+        path.append((low, middle, high))
+        low, high = (low, middle) if leaf < middle else (middle, high)
+    return path

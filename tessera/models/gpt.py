@@ -176,7 +176,7 @@ class GPTModel(nn.Module):
     def _logits(self, x_BSM: Tensor) -> Tensor:
         logits = self.embed.project(x_BSM) if self.lm_head is None else self.lm_head(x_BSM)
         cap = self.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else ops.softcap(logits, cap)
 
 
 def _norm(config: GPTConfig) -> RMSNorm | LayerNorm:

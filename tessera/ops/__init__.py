@@ -1,6 +1,6 @@
 """Operations of decoder-only transformers: pure functions on tensors, one file each."""
 
-from tessera.ops.activations import ACTIVATIONS
+from tessera.ops.activations import ACTIVATIONS, softcap
 from tessera.ops.attention import Mask, attention, make_mask
 from tessera.ops.embedding import embedding
 from tessera.ops.invariant import even_blocks
@@ -12,5 +12,5 @@ from tessera.ops.rotary import RopeScaling, rope_frequencies, rope_tables, rotar
 __all__ = [
     "ACTIVATIONS", "Mask", "RopeScaling", "attention", "dequantize_rows", "embedding", "even_blocks",
     "fake_quantize_rows", "gated", "is_quantized", "layer_norm", "linear", "make_mask", "quantize_rows", "rms_norm",
-    "rope_frequencies", "rope_tables", "rotary", "swiglu",
+    "rope_frequencies", "rope_tables", "rotary", "softcap", "swiglu",
 ]

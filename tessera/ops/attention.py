@@ -9,11 +9,15 @@ G = H / K query heads a group, D head_dim.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tessera.ops.invariant import attention as invariant_attention
+from tessera.ops.invariant import is_invariant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,11 @@ def attention(
     """
     if mask.last is not None:
         k_BKTD, v_BKTD = k_BKTD[:, :, -mask.last:], v_BKTD[:, :, -mask.last:]
+    if is_invariant():
+        B, S, T = q_BSHD.shape[0], q_BSHD.shape[1], k_BKTD.shape[2]
+        allowed_BST = _allowed(mask, S, T, q_BSHD.device)[:, 0].expand(B, S, T)
+        plain = functools.partial(_plain, mask=mask, scale=scale, softcap=softcap)
+        return invariant_attention(q_BSHD, k_BKTD, v_BKTD, allowed_BST, scale, softcap, plain)
     if not flash or softcap is not None:
         return _plain(q_BSHD, k_BKTD, v_BKTD, mask, scale, softcap)
     # torch's CPU kernel reads a group's shared key head in place; regrouping the queries of a decode step
@@ -95,6 +104,14 @@ def attention(
         q_BSHD.transpose(1, 2), k_BKTD, v_BKTD, attn_mask=mask.allowed, is_causal=mask.causal,
         scale=scale, enable_gqa=q_BSHD.shape[2] != k_BKTD.shape[1])
     return out_BHSD.transpose(1, 2)
+
+
+def _allowed(mask: Mask, n_new: int, n_total: int, device: torch.device) -> Tensor:
+    """The mask's `allowed`, made when it has none."""
+    if mask.allowed is not None:
+        return mask.allowed
+    allowed = torch.ones(1, 1, n_new, n_total, dtype=torch.bool, device=device)
+    return allowed.tril() if mask.causal else allowed
 
 
 def _plain(
@@ -108,10 +125,8 @@ def _plain(
     scores = (q_BKRD @ k_BKTD.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    allowed = mask.allowed
-    if mask.causal:
-        allowed = torch.ones(S, T, dtype=torch.bool, device=scores.device).tril()[None, None]
-    if allowed is not None:
+    if mask.causal or mask.allowed is not None:
+        allowed = _allowed(mask, S, T, scores.device)
         scores = scores.view(B, K, G, S, T).masked_fill(~allowed[:, :, None], float("-inf")).view(B, K, G * S, T)
     out_BKRD = scores.softmax(-1).to(v_BKTD.dtype) @ v_BKTD
     return out_BKRD.view(B, K * G, S, D).transpose(1, 2)

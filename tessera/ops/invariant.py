@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from tessera.errors import InputError
 from tessera.kernel import lang as tile
 from tessera.kernel.launch import kernel
-from tessera.types import Tile, f32
+from tessera.kernel.signature import constexpr
+from tessera.types import Tile, bool_, f32
 
 N_BLOCKS = 8
 
@@ -111,6 +112,168 @@ def _product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return out_MN
 
 
+def pointwise(name: str, x: Tensor, reference: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of every element: "silu", "gelu", "gelu_tanh", "tanh", "cos" or "sin".
+
+    Args:
+        name: which.
+        x: any shape and float dtype.
+        reference: torch's function, for the gradient.
+
+    Returns:
+        The shape and dtype of x, rounded once from f32.
+    """
+    def run(x: Tensor) -> Tensor:
+        out = torch.empty(x.numel(), device=x.device)
+        _POINTWISE[name](x.reshape(-1), out)
+        return out.view(x.shape).to(x.dtype)
+
+    return _Recomputed.apply(run, reference, x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, reference: Callable[..., Tensor]) -> Tensor:
+    """See ops.rms_norm, which is the reference (of x and weight) for the gradient."""
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        out = torch.empty(x.numel() // x.shape[-1], x.shape[-1], device=x.device)
+        rms_norm_kernel(x.reshape(out.shape), weight, out, eps)
+        return out.view(x.shape).to(x.dtype)
+
+    return _Recomputed.apply(run, reference, x, weight)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, reference: Callable[..., Tensor]) -> Tensor:
+    """See ops.layer_norm, which is the reference (of x, weight and bias) for the gradient."""
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty(x.numel() // x.shape[-1], x.shape[-1], device=x.device)
+        layer_norm_kernel(x.reshape(out.shape), weight, bias, out, eps)
+        return out.view(x.shape).to(x.dtype)
+
+    return _Recomputed.apply(run, reference, x, weight, bias)
+
+
+def attention(
+    q_BSHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, allowed_BST: Tensor, scale: float, softcap: float | None,
+    reference: Callable[..., Tensor],
+) -> Tensor:
+    """See ops.attention, which is the reference (of q, k and v) for the gradient.
+
+    Sums over keys are chains in the order of the keys; a hidden key adds an exact zero, so that neither padding
+    nor the keys behind a query change a bit.
+    """
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty(q.shape, device=q.device)
+        attention_kernel(q.contiguous(), k.contiguous(), v.contiguous(), allowed_BST.contiguous(), out, scale, softcap)
+        return out.to(q.dtype)
+
+    return _Recomputed.apply(run, reference, q_BSHD, k_BKTD, v_BKTD)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Recomputed(torch.autograd.Function):
+    """run(*tensors), with the gradient of reference(*tensors): torch's, on one thread, since its sums are cut by
+    the number of threads. It is invariant to everything but the shapes: a sample's gradient is the same in any
+    batch when the sample is computed alone (dist.GradientTree)."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], reference: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.reference = reference
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[2:]
+        leaves = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        with torch.enable_grad(), _one_thread():
+            grads = iter(torch.autograd.grad(ctx.reference(*leaves), wanted, grad))
+        return None, None, *(next(grads) if need else None for need in needed)
+
+
+# mypy and ruff read the names of dims as names of types.
+
 @kernel
-def product_kernel(x: Tile["M", "K"], weight: Tile["N", "K"], out: Tile["M", "N", f32]):  # type: ignore[no-untyped-def]
+def product_kernel(x: Tile["M", "K"], weight: Tile["N", "K"], out: Tile["M", "N", f32]):  # type: ignore
     tile.store(out, tile.mma(tile.load(x), tile.transpose(tile.load(weight))))
+
+
+@kernel
+def attention_kernel(  # type: ignore
+    q: Tile["B", "S", "H", "D"], k: Tile["B", "KV", "T", "D"], v: Tile["B", "KV", "T", "D"],
+    allowed: Tile["B", "S", "T", bool_], out: Tile["B", "S", "H", "D", f32], scale: float, softcap: constexpr,
+):
+    ctx = tile.context()
+    group = ctx.H // ctx.KV
+    for b, h in tile.grid(ctx.B, ctx.H):
+        scores = tile.mma(q[b, :, h, :], tile.transpose(k[b, h // group])) * scale
+        if softcap is not None:
+            scores = softcap * tile.tanh(scores / softcap)
+        scores = tile.where(allowed[b], scores, -float("inf"))
+        weights = tile.exp(scores - tile.reduce_max(scores, axis=-1, keepdim=True))
+        total = tile.mma(weights, tile.full((ctx.T, 1), 1.0, f32))
+        values = tile.cast(v[b, h // group], f32)
+        tile.store(out[b, :, h, :], tile.mma(weights, values) / total)
+
+
+@kernel
+def rms_norm_kernel(x: Tile["M", "D"], weight: Tile["D"], out: Tile["M", "D", f32], eps: float):  # type: ignore
+    row = tile.cast(tile.load(x), f32)
+    scale = tile.rsqrt(tile.reduce_mean(row * row, axis=-1, keepdim=True) + eps)
+    tile.store(out, row * scale * tile.cast(tile.load(weight), f32))
+
+
+@kernel
+def layer_norm_kernel(  # type: ignore
+    x: Tile["M", "D"], weight: Tile["D"], bias: Tile["D"], out: Tile["M", "D", f32], eps: float,
+):
+    row = tile.cast(tile.load(x), f32)
+    row = row - tile.reduce_mean(row, axis=-1, keepdim=True)
+    scale = tile.rsqrt(tile.reduce_mean(row * row, axis=-1, keepdim=True) + eps)
+    tile.store(out, row * scale * tile.cast(tile.load(weight), f32) + tile.cast(tile.load(bias), f32))
+
+
+@kernel
+def silu_kernel(x: Tile["N"], out: Tile["N", f32]):  # type: ignore
+    value = tile.cast(tile.load(x), f32)
+    tile.store(out, tile.silu(value))
+
+
+@kernel
+def gelu_kernel(x: Tile["N"], out: Tile["N", f32]):  # type: ignore
+    value = tile.cast(tile.load(x), f32)
+    tile.store(out, tile.gelu(value))
+
+
+@kernel
+def gelu_tanh_kernel(x: Tile["N"], out: Tile["N", f32]):  # type: ignore
+    value = tile.cast(tile.load(x), f32)
+    tile.store(out, tile.gelu(value, approximate="tanh"))
+
+
+@kernel
+def tanh_kernel(x: Tile["N"], out: Tile["N", f32]):  # type: ignore
+    tile.store(out, tile.tanh(tile.cast(tile.load(x), f32)))
+
+
+@kernel
+def cos_kernel(x: Tile["N"], out: Tile["N", f32]):  # type: ignore
+    tile.store(out, tile.cos(tile.cast(tile.load(x), f32)))
+
+
+@kernel
+def sin_kernel(x: Tile["N"], out: Tile["N", f32]):  # type: ignore
+    tile.store(out, tile.sin(tile.cast(tile.load(x), f32)))
+
+
+_POINTWISE = {"silu": silu_kernel, "gelu": gelu_kernel, "gelu_tanh": gelu_tanh_kernel, "tanh": tanh_kernel,
+              "cos": cos_kernel, "sin": sin_kernel}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.ops import invariant
+
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (RMSNorm, arXiv:1910.07467).
@@ -23,6 +25,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     """
     if weight is not None and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
+    if invariant.is_invariant():
+        weight = x.new_ones(x.shape[-1:]) if weight is None else weight
+        return invariant.rms_norm(x, weight, eps, lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, eps))
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
@@ -41,4 +46,9 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         weight = weight.to(x.dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
+    if invariant.is_invariant():
+        weight = x.new_ones(x.shape[-1:]) if weight is None else weight
+        bias = x.new_zeros(x.shape[-1:]) if bias is None else bias
+        return invariant.layer_norm(
+            x, weight, bias, eps, lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, eps))
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import InputError, UnsupportedError
+from tessera.ops import invariant
 
 _KINDS = ("linear", "dynamic", "llama3", "yarn")
 
@@ -172,7 +173,10 @@ def rope_tables(
         seq_len = max(seq_len, scaling.original_max_seq_len or 0)
     frequencies, factor = _device_frequencies(dim, float(theta), scaling, seq_len, positions_BS.device)
     angles = (positions_BS[:, :, None, None].float() * frequencies)
-    cos, sin = angles.cos(), angles.sin()
+    if invariant.is_invariant():
+        cos, sin = invariant.pointwise("cos", angles, torch.cos), invariant.pointwise("sin", angles, torch.sin)
+    else:
+        cos, sin = angles.cos(), angles.sin()
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
@@ -190,5 +194,7 @@ def rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     rotated = cos.shape[-1]
     if rotated == x_BSHD.shape[-1]:
+        if invariant.is_invariant():  # addcmul may round once or twice, by place
+            return x_BSHD * cos + x_BSHD.roll(rotated // 2, -1) * sin
         return torch.addcmul(x_BSHD * cos, x_BSHD.roll(rotated // 2, -1), sin)
     return torch.cat((rotary(x_BSHD[..., :rotated], cos, sin), x_BSHD[..., rotated:]), -1)

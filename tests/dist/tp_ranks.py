@@ -109,3 +109,26 @@ def vocab_loss(seed: int) -> dict[str, Tensor]:
     loss = gpt_plan.vocab_parallel_cross_entropy(logits, ids(seed, 2, 7), own, mesh)
     loss.mean().backward()
     return {"loss": loss.detach(), "grad": logits.grad}
+
+
+def sample_loss(model: ts.GPTModel, tokens: Tensor, n_samples: int) -> Tensor:
+    logits = model(tokens[None])["logits"][0]
+    return torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]) / n_samples
+
+
+def tree_gradients(seed: int, n_samples: int, is_scattered: bool = False) -> dict[str, Tensor]:
+    """Gradients of samples spread over all ranks, as runs or dealt out one by one."""
+    ts.init(timeout=60)
+    mesh = ts.dist.Mesh(axes=["dp"])
+    model = build("llama", seed).train()
+    tokens = ids(seed, n_samples, 12)
+    n = mesh.size()
+    runs = [i for i in range(n_samples) if i * n // n_samples == mesh.rank]
+    own = range(mesh.rank, n_samples, n) if is_scattered else runs
+    tree = ts.dist.GradientTree(model.parameters(), n_samples)
+    with ts.dist.deterministic():
+        for i in own:
+            sample_loss(model, tokens[i], n_samples).backward()
+            tree.add(i)
+    tree.finish(mesh)
+    return {name: p.grad for name, p in model.named_parameters()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tessera import kernel, tile
+from tessera import kernel
+from tessera.kernel import lang as tile
 from tessera.types import Tile, f32
 
 
