@@ -1,6 +1,6 @@
 """Loading, prefill and decode of SmolLM2-135M beside transformers.
 
-    python bench/generate.py [--repetitions N]
+    python bench/generate.py [--repetitions N] [--no-bf16]
 
 Four systems, each in a process of its own, take turns: tessera and transformers in f32, and in bf16. tessera
 reads the Q4_1 GGUF file; transformers reads the dequantized weights from safetensors. Greedy tokens in f32 must
@@ -181,6 +181,7 @@ def report(results: dict[str, dict[str, Any]], ceilings: dict[str, dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--no-bf16", action="store_true", help="leave out the two bf16 systems")
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -198,7 +199,7 @@ def main() -> None:
         del model
         paths = {"tessera": str(path), "transformers": f"{folder}/model"}
         workers = {}
-        for name in SYSTEMS:
+        for name in SYSTEMS[: 2 if options.no_bf16 else 4]:
             workers[name] = Worker(__file__, ["--worker", name, paths[name.split()[0]]])
             workers[name].ask("load_seconds")  # one after the other: loading is timed
         check_equal(workers, ts.load_tokenizer(path))
