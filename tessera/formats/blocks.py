@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 import torch
@@ -105,3 +106,53 @@ def read_units(
     bounds = [len(units) * i // n_threads for i in range(n_threads + 1)]
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(convert, bounds, bounds[1:]))
+
+
+Window = tuple[tuple[int, int], ...]
+"""A part of a tensor: (start, stop) along each dim."""
+
+
+def read_tensor(
+    file: DataFile, offset: int, shape: tuple[int, ...], dtype: torch.dtype, unit_values: int, unit_bytes: int,
+    decode: Callable[[torch.Tensor], torch.Tensor], window: Window | None = None,
+) -> torch.Tensor:
+    """A tensor, or a window of it, of which no other bytes are read (but for the units at the window's edges).
+
+    Args:
+        file, offset, unit_values, unit_bytes, decode: as for `read_units`.
+        shape: of the whole tensor, row-major; a row is a whole number of units.
+        dtype: of the result.
+        window: None for all; else within the shape. Dims after the second are not cut.
+
+    Returns:
+        The window's numbers, in memory of their own.
+
+    Raises:
+        FileFormatError: the file ends too early.
+    """
+    if window is None or all((0, size) == part for size, part in zip(shape, window)):
+        out = torch.empty(shape, dtype=dtype)
+        read_units(out.view(-1), file, offset, unit_values, unit_bytes, decode)
+        return out
+    if len(shape) == 1:
+        shape, window = (1, *shape), ((0, 1), *window)
+        return read_tensor(file, offset, shape, dtype, unit_values, unit_bytes, decode, window)[0]
+    (first, last), (left, right) = window[:2]
+    row_bytes = prod(shape[1:]) // unit_values * unit_bytes
+    out = torch.empty(last - first, right - left, *shape[2:], dtype=dtype)
+    if right - left == shape[1]:
+        read_units(out.view(-1), file, offset + first * row_bytes, unit_values, unit_bytes, decode)
+        return out
+    inner = prod(shape[2:])
+    first_unit, last_unit = left * inner // unit_values, -(-right * inner // unit_values)
+    n_units = last_unit - first_unit
+    skip = left * inner - first_unit * unit_values
+    step = max(1, _CHUNK_VALUES // (n_units * unit_values))
+    scratch = torch.empty(min(step, last - first), n_units, unit_bytes, dtype=torch.uint8)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        for row in range(start, stop):
+            file.read_into(scratch[row - start], offset + row * row_bytes + first_unit * unit_bytes)
+        values = decode(scratch[: stop - start].view(-1, unit_bytes)).view(stop - start, -1)
+        out[start - first: stop - first].copy_(values[:, skip: skip + (right - left) * inner].view(-1, *out.shape[1:]))
+    return out

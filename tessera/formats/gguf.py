@@ -30,7 +30,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tessera.errors import FileFormatError, NotFoundError, UnsupportedFileError
-from tessera.formats.blocks import DataFile, read_units
+from tessera.formats.blocks import DataFile, Window, read_tensor
 from tessera.formats.dequant import decoder
 from tessera.types import DType, dtype_of
 
@@ -169,8 +169,10 @@ class GGUFFile:
                 self.metadata[key] = cursor.value(cursor.unpack("I", key), f"metadata {key!r}")
             self.tensors = _read_tensor_table(cursor, tensor_count, _alignment(self.metadata, file.path))
 
-    def tensor(self, name: str, dtype: DType | torch.dtype | str = "f32") -> torch.Tensor:
-        """Tensor `name`, dequantized to `dtype` (a floating type), in memory of its own.
+    def tensor(
+        self, name: str, dtype: DType | torch.dtype | str = "f32", window: Window | None = None,
+    ) -> torch.Tensor:
+        """Tensor `name`, or a window of it, dequantized to `dtype` (a floating type), in memory of its own.
 
         Values are computed in float32, bit-equal to the gguf package's, then rounded to `dtype`;
         the work is done in chunks, so that memory beyond the result stays below 1 MB a thread.
@@ -187,9 +189,8 @@ class GGUFFile:
             decode = decoder(info.type)
         except UnsupportedFileError as error:
             raise UnsupportedFileError(f"{self.path}: tensor {name!r}: {error}") from error
-        out = torch.empty(info.shape, dtype=dtype_of(dtype).torch)
-        read_units(out.view(-1), self._file, info.offset, *GGML_QUANT_SIZES[info.type], decode)
-        return out
+        return read_tensor(
+            self._file, info.offset, info.shape, dtype_of(dtype).torch, *GGML_QUANT_SIZES[info.type], decode, window)
 
     def close(self) -> None:
         self._file.close()

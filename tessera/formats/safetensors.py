@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tessera.errors import FileFormatError, NotFoundError
-from tessera.formats.blocks import DataFile, read_units
+from tessera.formats.blocks import DataFile, Window, read_tensor
 from tessera.formats.json import parse_json_object, read_json_object
 from tessera.types import DType, dtype_of
 
@@ -67,8 +67,10 @@ class SafetensorsReader:
                     raise FileFormatError(f"{file.path}: tensor {name!r} stands in {other} too")
                 self.tensors[name] = info
 
-    def tensor(self, name: str, dtype: DType | torch.dtype | str | None = None) -> torch.Tensor:
-        """Tensor `name` in memory of its own, in `dtype` (default: as stored).
+    def tensor(
+        self, name: str, dtype: DType | torch.dtype | str | None = None, window: Window | None = None,
+    ) -> torch.Tensor:
+        """Tensor `name`, or a window of it, in memory of its own, in `dtype` (default: as stored).
 
         Raises:
             NotFoundError: there is no such tensor.
@@ -77,13 +79,14 @@ class SafetensorsReader:
         if name not in self.tensors:
             raise NotFoundError(f"{self._files[0].path}: no tensor {name!r} among {len(self.tensors)}")
         info = self.tensors[name]
-        out = torch.empty(info.shape, dtype=info.dtype if dtype is None else dtype_of(dtype).torch)
-        if out.dtype == info.dtype:
+        wanted = info.dtype if dtype is None else dtype_of(dtype).torch
+        if wanted == info.dtype and window is None:
+            out = torch.empty(info.shape, dtype=wanted)
             info.file.read_into(out, info.offset)
-        else:
-            width = info.dtype.itemsize
-            read_units(out.view(-1), info.file, info.offset, 1, width, lambda raw: raw.view(info.dtype))
-        return out
+            return out
+        width = info.dtype.itemsize
+        return read_tensor(
+            info.file, info.offset, info.shape, wanted, 1, width, lambda raw: raw.view(info.dtype), window)
 
     def close(self) -> None:
         for file in self._files:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import FileFormatError, UnsupportedFileError
+from tessera.formats.blocks import Window
 from tessera.formats.gguf import open_gguf
 from tessera.models.config import GPTConfig
 from tessera.ops.rotary import RopeScaling, rope_frequencies
@@ -46,8 +47,8 @@ class GGUFCheckpoint:
             self._file.close()
             raise
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self._file.tensor(name, dtype)
+    def tensor(self, name: str, dtype: torch.dtype, window: Window | None = None) -> Tensor:
+        return self._file.tensor(name, dtype, window)
 
     def close(self) -> None:
         self._file.close()

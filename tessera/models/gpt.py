@@ -49,7 +49,8 @@ class GPTModel(nn.Module):
         if is_cut:
             gpt_plan.shard(self, mesh)
             self.to_empty(device=device)
-        self.init_weights(gpt_plan.common_seed(mesh) if is_cut else None)
+        if device.type != "meta":
+            self.init_weights(gpt_plan.common_seed(mesh) if is_cut else None)
 
     def _build(self, config: GPTConfig) -> None:
         param, compute = config.param.torch, config.compute.torch

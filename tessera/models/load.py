@@ -19,9 +19,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tessera.dist import Mesh
 from tessera.errors import FileFormatError, InputError, NotFoundError, UnsupportedFileError
+from tessera.formats.blocks import Window
 from tessera.formats.json import read_json_object
 from tessera.formats.safetensors import open_safetensors
+from tessera.models import gpt_plan
 from tessera.models.config import GPTConfig
 from tessera.models.gguf import GGUFCheckpoint
 from tessera.models.gpt import GPTModel
@@ -44,7 +47,7 @@ class Checkpoint(Protocol):
     shapes: dict[str, tuple[int, ...]]
     stored_dtype: str
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor: ...
+    def tensor(self, name: str, dtype: torch.dtype, window: Window | None = None) -> Tensor: ...
     def close(self) -> None: ...
 
 
@@ -68,11 +71,11 @@ class HFCheckpoint:
         stored = dtype_of(embedding.dtype).name if embedding is not None else "f32"
         self.stored_dtype = stored if stored in _DTYPES else "f32"
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype, window: Window | None = None) -> Tensor:
         stored = self._reader.tensors[self._names[name]].dtype
         if not stored.is_floating_point or stored.itemsize == 1:
             raise UnsupportedFileError(f"tensor {name!r} is stored as {stored}; quantized checkpoints are not read")
-        return self._reader.tensor(self._names[name], dtype)
+        return self._reader.tensor(self._names[name], dtype, window)
 
     def close(self) -> None:
         self._reader.close()
@@ -86,7 +89,7 @@ def _full_name(name: str, family: str) -> str:
 
 def load_model(
     path: str | os.PathLike[str], dtype: str = "f32", device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | None = None, *, mesh: Mesh | None = None,
 ) -> GPTModel:
     """Load a model of the Llama, Mistral, Qwen2, Qwen3 or GPT-2 family.
 
@@ -96,6 +99,7 @@ def load_model(
         dtype: of weights and activations: "f32", "bf16", "f16" or "auto" (as the embedding is stored; GGUF: bf16).
         device: where the parameters go.
         progress: called after each parameter with (bytes done, bytes in all, name).
+        mesh: the ranks that models.gpt_plan cuts the model over; of what is cut, only this rank's part is read.
 
     Returns:
         The model in eval mode; `.config` describes it.
@@ -104,7 +108,7 @@ def load_model(
         NotFoundError: the path, config.json or a shard is missing.
         UnsupportedFileError: an architecture, a storage type or a configuration that is not implemented.
         FileFormatError: a file is damaged, or its tensors do not fit its configuration.
-        InputError: dtype is not one of the above.
+        InputError: dtype is not one of the above, or the mesh does not fit the model.
     """
     if dtype != "auto" and dtype_of(dtype).name not in _DTYPES:
         raise InputError(f"dtype: {dtype!r} given; expected auto, {', '.join(_DTYPES)}")
@@ -115,7 +119,7 @@ def load_model(
         config = replace(checkpoint.config, weight_dtype=precision, compute_dtype=precision, kv_cache_dtype=name)
         _check_size(config, checkpoint, path)
         with torch.device("meta"):
-            model = GPTModel(config)
+            model = GPTModel(config, mesh)
         sources = _match(model, checkpoint, path)
         _fill(model, checkpoint, sources, torch.device(device), progress)
     finally:
@@ -148,9 +152,13 @@ def _match(model: GPTModel, checkpoint: Checkpoint, path: str | os.PathLike[str]
     config, shapes = model.config, checkpoint.shapes
     sources: dict[str, Source] = {}
     expected: dict[str, tuple[int, ...]] = {}
+    cuts = gpt_plan.cuts(model)
     for name, parameter in model.named_parameters():
         source = source_of(name, checkpoint.layout, config.family, config.n_heads, config.n_kv_heads)
-        sources[name], expected[source.name] = source, source.stored_shape(tuple(parameter.shape))
+        shape = list(parameter.shape)
+        if name in cuts:
+            shape[cuts[name].dim] = cuts[name].whole
+        sources[name], expected[source.name] = source, source.stored_shape(tuple(shape))
     if model.lm_head is None:  # a copy of the embedding, in files whose writer did not tie
         head = source_of("lm_head.weight", checkpoint.layout, config.family, 0, 0).name
         if head in shapes:
@@ -179,12 +187,16 @@ def _fill(
 ) -> None:
     parameters = dict(model.named_parameters())
     total = sum(p.nbytes for p in parameters.values())
-    by_stored: dict[str, list[str]] = {}
+    cuts = gpt_plan.cuts(model)
+    by_stored: dict[tuple[str, Window | None], list[str]] = {}
     for name, source in sources.items():
-        by_stored.setdefault(source.name, []).append(name)
+        window = None
+        if name in cuts:
+            window, sources[name] = _own_part(source, cuts[name], checkpoint.shapes[source.name])
+        by_stored.setdefault((source.name, window), []).append(name)
     done = 0
-    for stored_name, names in by_stored.items():
-        stored = checkpoint.tensor(stored_name, parameters[names[0]].dtype)
+    for (stored_name, window), names in by_stored.items():
+        stored = checkpoint.tensor(stored_name, parameters[names[0]].dtype, window)
         for name in names:
             value = sources[name].extract(stored)
             if len(names) > 1 and value.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
@@ -193,6 +205,17 @@ def _fill(
             done += value.nbytes
             if progress is not None:
                 progress(done, total, name)
+
+
+def _own_part(source: Source, cut: gpt_plan.Cut, shape: tuple[int, ...]) -> tuple[Window, Source]:
+    """Which part of a stored tensor holds a cut parameter, and how to get from that part to the parameter."""
+    start, stop = cut.start, cut.stop
+    if source.part is not None and cut.dim == 0:
+        start, stop = start + source.part * cut.whole, stop + source.part * cut.whole
+    bounds = [(0, size) for size in shape]
+    bounds[1 - cut.dim if source.transposed else cut.dim] = (start, stop)
+    paired = source.paired_heads * cut.size // cut.whole if cut.dim == 0 else source.paired_heads
+    return tuple(bounds), replace(source, part=None, paired_heads=paired)
 
 
 def _assign(model: GPTModel, name: str, value: Tensor) -> None:
