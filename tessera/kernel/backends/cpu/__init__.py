@@ -45,7 +45,8 @@ class Compiled:
         openmp.emit_launch(module, segments)
         return module.text()
 
-    def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
+    def pack(self, args: Sequence[Any], sizes: Sequence[int], threads: int) -> bytes:
+        """The arguments as the machine code reads them: 8-byte slots, the last one for its status."""
         slots: list[Any] = []
         for arg in args:
             if isinstance(arg, torch.Tensor):
@@ -53,17 +54,45 @@ class Compiled:
                 slots += arg.stride()
             else:
                 slots.append(arg)
+        return self._pack(*slots, *sizes, threads, 0)
+
+    def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
         threads = torch.get_num_threads()
-        packed = self._pack(*slots, *sizes, threads, 0)
+        packed = self.pack(args, sizes, threads)
         if not self._asserts:
             self._launch(packed, threads)
             return
         memory = ctypes.create_string_buffer(packed, len(packed))
         self._launch(memory, threads)  # type: ignore[arg-type]  # ctypes takes a writable buffer as well
-        failed = struct.unpack("q", memory.raw[-8:])[0]
-        if failed:
-            op = self._asserts[failed - 1]
+        self.check(struct.unpack("q", memory.raw[-8:])[0])
+
+    def check(self, status: int) -> None:
+        """Raise LaunchError where a launch has left the number of an assertion in its status."""
+        if status:
+            op = self._asserts[status - 1]
             raise LaunchError(f"{op.loc}: assertion failed: {op.attrs.get('text') or 'tile.assert'}")
+
+    # -- for `replay`, which runs the parts of several kernels in one parallel region --------------------
+
+    @property
+    def has_asserts(self) -> bool:
+        """Whether a launch can fail."""
+        return bool(self._asserts)
+
+    @cached_property
+    def segments(self) -> list[tuple[int, int]]:
+        """The addresses of `items_k` and `body_k` of each segment."""
+        count = ctypes.CFUNCTYPE(ctypes.c_int64)(self._library.address("segments"))()
+        return [(self._library.address(f"items_{k}"), self._library.address(f"body_{k}")) for k in range(count)]
+
+    def is_small(self, packed: bytes) -> bool:
+        """Whether a launch with these packed arguments is left to one thread."""
+        work = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(self._library.address("work"))
+        return work(packed) < openmp.MIN_WORK
+
+    def slot(self, argument: int) -> int:
+        """Where an argument's address stands in the packed arguments."""
+        return sum(1 + p.value.type.rank if p.is_view else 1 for p in self._function.params[:argument])
 
 
 def _slot_format(function: Function) -> str:

@@ -35,7 +35,7 @@ Entry = Callable[[bytes, int], None]
 
 
 def emit_launch(module: Module, segments: int, *, dynamic: Sequence[int] = (), name: str = "launch") -> None:
-    """Add `name(ptr args, i64 threads)`, which runs segments 0 .. segments - 1 in order.
+    """Add `name(ptr args, i64 threads)`, which runs segments 0 .. segments - 1 in order, and `segments() -> i64`.
 
     Args:
         segments: how many `items_k`, `body_k` pairs the module has. If it also has `work(args) -> i64`, an estimate
@@ -44,6 +44,8 @@ def emit_launch(module: Module, segments: int, *, dynamic: Sequence[int] = (), n
             cut into one contiguous share a thread, the same one at every launch. Which thread computes an item
             never changes its value.
     """
+    count = module.function("segments", I64, [])
+    count.builder.ret(const(segments, I64))
     function = module.function(name, VOID, [("args", PTR), ("threads", I64)])
     b, (args, threads) = function.builder, function.args
     if "work" in module.functions:

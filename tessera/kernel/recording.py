@@ -1,0 +1,225 @@
+"""What a captured function was given and what it did: the key of a call, and the launches behind it.
+
+In: any Python values (`describe`) and a running function (`record`). Out: a `Described` with a hashable key and
+the tensors in order, and a `Recorded` with the kernel launches. `graph` makes replayable buckets of them.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tessera.errors import UnsupportedError
+from tessera.kernel.specialise import Run, Specialisation, observing
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, enum.Enum)
+_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_ALLOCATIONS = frozenset(
+    "aten::empty aten::empty_like aten::empty_strided aten::new_empty aten::new_empty_strided".split())
+_HARMLESS = frozenset(["aten::_unsafe_view"])  # a view by another name
+
+
+@dataclass
+class Described:
+    """Values as a key: everything of them that a recording may depend on, except the tensors' addresses and elements.
+
+    `tensors` are those found, in order; `held` keeps alive what the key names by identity.
+    """
+
+    key: list[Any] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
+    _seen: dict[int, int] = field(default_factory=dict)
+    _alive: list[Any] = field(default_factory=list)  # so that an id means one object while this is filled
+    _storages: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, value: Any, *, walk_objects: bool = True) -> None:
+        """Append a value's part of the key.
+
+        Args:
+            walk_objects: look into objects' attributes; otherwise they count by identity.
+
+        Raises:
+            UnsupportedError: a tensor is not dense.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._add_tensor(value)
+        kind = type(value)
+        if isinstance(value, _PLAIN):
+            # By text: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+            return self.key.append((kind, repr(value)))
+        if id(value) in self._seen:
+            return self.key.append(("again", self._seen[id(value)]))
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
+        if isinstance(value, (tuple, list)):
+            self.key.append((kind, len(value)))
+            for item in value:
+                self.add(item, walk_objects=walk_objects)
+        elif isinstance(value, dict):
+            self.key.append((kind, len(value)))
+            for name, item in value.items():
+                self.add(name, walk_objects=walk_objects)
+                self.add(item, walk_objects=walk_objects)
+        elif not walk_objects or isinstance(value, _OPAQUE) or hasattr(value, "__tile_kernel__"):
+            self._add_identity(value)
+        else:
+            self._add_object(value)
+
+    def _add_object(self, value: Any) -> None:
+        slots = [name for cls in type(value).__mro__ for name in _slot_names(cls) if hasattr(value, name)]
+        if not slots and not hasattr(value, "__dict__"):
+            return self._add_identity(value)
+        self.key.append((type(value), "object"))
+        self.add({**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}})
+
+    def _add_identity(self, value: Any) -> None:
+        self.held.append(value)
+        self.key.append(("identity", id(value)))
+
+    def _add_tensor(self, tensor: torch.Tensor) -> None:
+        if tensor.layout != torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise UnsupportedError(f"graph: a tensor of type {type(tensor).__name__}, layout {tensor.layout} given; "
+                                   "expected a dense torch.Tensor")
+        storage, address = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+        # Tensors on one storage: which, and how far apart, is part of the key.
+        first, base = self._storages.setdefault(storage, (len(self.tensors), address)) if storage else (-1, address)
+        self.key.append((tensor.dtype, tensor.shape, tensor.stride(), tensor.device.type, tensor.device.index,
+                         tensor.requires_grad and torch.is_grad_enabled(), first, address - base))
+        self.tensors.append(tensor)
+
+
+def _slot_names(cls: type) -> Sequence[str]:
+    slots = cls.__dict__.get("__slots__", ())
+    return [name for name in ((slots,) if isinstance(slots, str) else slots)
+            if name not in ("__dict__", "__weakref__")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedLaunch:
+    """One kernel launch as it was made."""
+
+    specialisation: Specialisation
+    args: Sequence[Any]
+    sizes: Sequence[int]
+
+
+@dataclass
+class Recorded:
+    """The launches of one run of a function, and the tensors that it allocated."""
+
+    launches: list[RecordedLaunch] = field(default_factory=list)
+    allocated: list[torch.Tensor] = field(default_factory=list)
+
+
+_state = threading.local()
+
+
+def is_recording() -> bool:
+    """Whether this thread is inside `record`."""
+    return getattr(_state, "active", False)
+
+
+@contextmanager
+def record(name: str) -> Iterator[Recorded]:
+    """Collect the kernel launches that this thread makes in the block; they run as well.
+
+    Args:
+        name: the graph, for messages.
+
+    Raises:
+        UnsupportedError: something else than kernels, allocations and views computes on tensors, or a kernel runs
+            on the interpreter.
+    """
+    recorded = Recorded()
+    watch = _Watch(name, recorded)
+    thread = threading.get_ident()
+
+    def wrap(specialisation: Specialisation, run: Run) -> Run:
+        def launch(args: Sequence[Any], sizes: Sequence[int]) -> None:
+            if threading.get_ident() != thread:
+                return run(args, sizes)
+            if specialisation.backend not in ("cpu", "cuda"):
+                raise UnsupportedError(f"graph {name}: kernel {specialisation.name} runs on the backend "
+                                       f"{specialisation.backend}; only launches on cpu and cuda can be recorded")
+            with watch.paused():
+                run(args, sizes)
+            recorded.launches.append(RecordedLaunch(specialisation=specialisation, args=args, sizes=sizes))
+
+        return launch
+
+    _state.active = True
+    try:
+        with observing(wrap), watch:
+            yield recorded
+    finally:
+        _state.active = False
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every torch operation: keeps allocations, lets views pass, refuses the rest."""
+
+    def __init__(self, name: str, recorded: Recorded) -> None:
+        super().__init__()
+        self._name, self._recorded, self._paused = name, recorded, False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let what a launch does itself (compiling, tuning) pass."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operation = func._schema.name
+        if not (self._paused or func.is_view or operation in _ALLOCATIONS or operation in _HARMLESS):
+            raise UnsupportedError(
+                f"graph {self._name}: {operation} {_caller()}is an operation of torch, which a replay would leave out; "
+                "allocate with torch.empty and compute in kernels")
+        result = func(*args, **(kwargs or {}))
+        if operation in _ALLOCATIONS and not self._paused:
+            self._recorded.allocated.append(result)
+        return result
+
+
+def _caller() -> str:
+    """The line outside torch and this file that is being executed."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and module.partition(".")[0] not in ("torch", "contextlib"):
+            return f"at {frame.f_code.co_filename}:{frame.f_lineno} "
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def outside_values(function: Callable[..., Any]) -> Callable[[], dict[str, Any]]:
+    """A function that gives what `function` reads from closures and globals now, by name."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return dict
+    cells = dict(zip(code.co_freevars, getattr(function, "__closure__", None) or ()))
+    names = [name for name in code.co_names if not isinstance(function.__globals__.get(name), _OPAQUE)]
+
+    def read() -> dict[str, Any]:
+        space = function.__globals__
+        found = {name: space[name] for name in names if name in space}
+        for name, cell in cells.items():
+            try:
+                found[name] = cell.cell_contents
+            except ValueError:
+                continue  # not assigned yet
+        return found
+
+    return read
