@@ -137,6 +137,54 @@ def convert(
     command.run(source, target, kind=kind)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help=(
+        "gpt-120b, gpt-175b, llama3-8b, llama3-70b, llama3-405b, smollm2, a model's path, or a JSON file with a "
+        "configuration."))] = "gpt-120b",
+    machine: Annotated[str, typer.Option(help="a100, h100, h200, nvl72, gb300, or cpu: this one, measured.")] = "nvl72",
+    devices: Annotated[int, typer.Option("--devices", "-d", help="How many of the machine's devices.")] = 72,
+    inference: Annotated[bool, typer.Option("--inference", help="Plan generation; default training.")] = False,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a step, default 256; or requests, default 1.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence, or of a prompt.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.")] = 128,
+    matmul_dtype: Annotated[str, typer.Option(help="Of training's matmuls: bf16, fp8, ...; default the model's.")] = "",
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; here and below, default the fastest.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
+    virtual_stages: Annotated[int | None, typer.Option(help="Pieces of the model on a pipeline rank.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences of one pass.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="none, selective or full.")] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")] = None,
+    top: Annotated[int, typer.Option(help="Shapes to show.")] = 5,
+    check: Annotated[bool, typer.Option("--check", help="Compare with published figures instead.")] = False,
+    json: Json = False, debug: Debug = False,
+) -> None:
+    """Choose a mesh for a model: memory and time on machines that need not be there."""
+    from tessera.cli import plan as command
+
+    if check:
+        command.check(as_json=json)
+        return
+    command.run(command.PlanOptions(
+        model=model, machine=machine, devices=devices, inference=inference, batch=batch, seq_len=seq_len,
+        new_tokens=new_tokens, matmul_dtype=matmul_dtype, tp=tp, pp=pp, dp=dp, virtual_stages=virtual_stages,
+        micro_batch=micro_batch, recompute=recompute, zero=zero, top=top), as_json=json)
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def launch(
+    script: Annotated[str, typer.Argument(help="A Python script; it calls ts.init() to join the job.")],
+    args: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+    nproc: Annotated[int, typer.Option("--nproc", help="Processes on this host.")] = 1,
+    threads: Threads = None, debug: Debug = False,
+) -> int:
+    """Run a script as several ranks of one job; they end together, and the one that failed is named."""
+    from tessera import dist
+
+    return dist.launch(script, args or [], nproc, threads)
+
+
 @app.command(name="env")
 def environment(json: Json = False, debug: Debug = False) -> None:
     """List the environment variables that Tessera reads, and their values."""

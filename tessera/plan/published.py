@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def _sc21() -> list[Row]:
             layout=Layout(tp=tp, pp=pp, dp=gpus // (tp * pp), virtual_stages=pieces),
             run=TrainingRun(global_batch=batch, micro_batch=micro, seq_len=2048, recompute="full", dropout=True,
                             overlap_dp=pp == 1),
-            machine=A100, published=tflops, unit="TFLOP/s", assumed="what hides behind computation",
+            machine=A100, published=tflops, unit="TFLOP/s", assumed="overlap",
             fitted="MATMUL_EFFICIENCY" if name in ("1.7B", "18B", "145B", "1T") else ""))
     return rows
 
@@ -113,7 +114,7 @@ def _korthikanti() -> list[Row]:
                 config=megatron_gpt(n_layers=n_layers, d_model=h, n_heads=heads),
                 layout=Layout(tp=tp, pp=pp, virtual_stages=pieces, sequence_parallel=recompute == "selective"),
                 run=TrainingRun(global_batch=batch, micro_batch=micro, seq_len=2048, recompute=recompute, dropout=True),
-                machine=A100, published=seconds, unit="s", assumed="what hides behind computation",
+                machine=A100, published=seconds, unit="s", assumed="overlap",
                 fitted="MATMUL_EFFICIENCY" if name in ("22B", "530B") else ""))
     return rows
 
@@ -127,7 +128,7 @@ def _bridge() -> list[Row]:
         name=f"Llama3 70B FP8, {name}", source="Megatron Bridge", config=model_named("llama3-70b"), layout=layout,
         run=TrainingRun(global_batch=batch, micro_batch=micro, seq_len=8192, matmul_dtype="fp8", overlap_tp=True),
         machine=machine, published=tokens, unit="tok/s", fitted="FP8_EFFICIENCY" if name in ("H100", "GB200") else "",
-        assumed="layout (that of 25.11), nothing recomputed, transfers overlap")
+        assumed="25.11's layout, recompute, overlap")
         for name, machine, layout, batch, micro, tokens in table]
 
 
@@ -139,14 +140,14 @@ def _torchtitan() -> list[Row]:
         global_batch=512, micro_batch=16, seq_len=8192, recompute="full", matmul_dtype="fp8", overlap_tp=True)
     piped = dataclasses.replace(large, global_batch=256, micro_batch=4)
     table = (
-        ("8B FSDP", "llama3-8b", fsdp, dataclasses.replace(small, fused=False), 5762, "unfused traffic"),
-        ("8B FSDP, compiled", "llama3-8b", fsdp, small, 6667, "little recomputed"),
+        ("8B FSDP", "llama3-8b", fsdp, dataclasses.replace(small, fused=False), 5762, "twice the traffic"),
+        ("8B FSDP, compiled", "llama3-8b", fsdp, small, 6667, "recompute"),
         ("8B FSDP, compiled, FP8", "llama3-8b", fsdp, dataclasses.replace(small, matmul_dtype="fp8"), 8532,
-         "little recomputed"),
+         "recompute"),
         ("70B FSDP 32 x TP 8", "llama3-70b", two, large, 876, "overlap"),
-        ("405B 1F1B", "llama3-405b", three, piped, 100, "8 micro-batches, ZeRO 2"),
+        ("405B 1F1B", "llama3-405b", three, piped, 100, "micro-batches, ZeRO 2"),
         ("405B interleaved", "llama3-405b", dataclasses.replace(three, virtual_stages=2), piped, 128,
-         "2 pieces a rank, 8 micro-batches, ZeRO 2"))
+         "pieces, micro-batches, ZeRO 2"))
     return [Row(
         name=name, source="torchtitan", config=model_named(model), layout=layout, run=run, machine=H100_500W,
         published=tokens, unit="tok/s", assumed=assumed, fitted="HBM2E_CLOCK" if name == "8B FSDP, compiled" else "")
@@ -183,6 +184,21 @@ def _bisect(falling: Callable[[float], float], low: float, high: float) -> float
         middle = (low + high) / 2
         low, high = (middle, high) if falling(middle) > 0 else (low, middle)
     return (low + high) / 2
+
+
+def error_summary() -> dict[str, float]:
+    """Median of the errors' sizes over the fitted and the held-out rows, by source; and the largest held out."""
+    held = [row for row in rows() if not row.fitted]
+    found = {"median error, fitted rows": _median([row for row in rows() if row.fitted]),
+             "median error, held-out rows": _median(held),
+             "largest error, held-out rows": max(abs(row.error) for row in held)}
+    for source in dict.fromkeys(row.source for row in held):
+        found[f"median error, held-out rows of {source}"] = _median([row for row in held if row.source == source])
+    return found
+
+
+def _median(chosen: list[Row]) -> float:
+    return statistics.median(abs(row.error) for row in chosen)
 
 
 @dataclass(frozen=True, kw_only=True)

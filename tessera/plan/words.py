@@ -32,12 +32,12 @@ def explain(search: Search) -> list[str]:
         least = min(search.too_large.values(), key=lambda plan: plan.memory.total)
         kind, n_bytes = max(vars(least.memory).items(), key=lambda item: item[1])
         said.append(
-            f"{len(search.too_large)} more shapes do not fit; the smallest of them ({least.layout.sizes}) needs "
+            f"Shapes that do not fit: {len(search.too_large)}; the smallest of them ({least.layout.sizes}) needs "
             f"{least.memory.total / 1e9:.0f} GB, {n_bytes / 1e9:.0f} GB of it {_MEMORY_WORDS[kind]}.")
     if search.refused:
         reasons = [reason for reason, _ in Counter(search.refused.values()).most_common(2)]
         more = "; and so on." if len(set(search.refused.values())) > 2 else "."
-        said.append(f"{len(search.refused)} shapes were not considered: {'; '.join(reasons)}{more}")
+        said.append(f"Shapes that were not considered: {len(search.refused)}; {'; '.join(reasons)}{more}")
     return said
 
 
