@@ -72,6 +72,7 @@ class Context:
         self.scalars: dict[str, Val] = {}
         self.sizes: dict[str, Val] = {}
         self.materialize: set[str] = set()
+        self.joined: set[str] = set()  # concatenations that their store computes
         self.destinations: dict[str, Memory] = {}  # where a matmul is told to put its result
         self._known: list[dict[tuple, Val]] = [{}]
         self._scratch: list[tuple[Val, Dim]] = []

@@ -14,7 +14,7 @@ from tessera.errors import UnsupportedError
 from tessera.kernel.backends.cpu import emit, vmath
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
-from tessera.kernel.backends.cpu.storage import from_storage, round_to, to_storage
+from tessera.kernel.backends.cpu.storage import from_storage, load_first, round_to, store_first, to_storage
 from tessera.kernel.ir import Op, Value
 from tessera.types import DType, int4
 
@@ -32,7 +32,7 @@ COSTLY = frozenset({*_FLOAT_UNARY, "pow", "rand", "div"}) - {"sqrt"}  # worth ke
 class Point:
     """Where to evaluate: an index an axis; `axis` (None: a single element) runs over `lanes` lanes.
 
-    `mask` (None: all) tells the lanes that count; the others may be computed but not read or written.
+    `mask` (None: all) selects the first lanes, at least one; the others may be computed but not read or written.
     """
 
     indices: tuple[Val, ...]
@@ -205,7 +205,8 @@ def load(ctx: Context, memory: Memory, point: Point) -> Val:
     elif memory.strides[axis].const == 1:
         address = memory.address(b, point.indices)
         wide = emit.vec(point.lanes, ty)
-        raw = b.load(address, wide) if point.mask is None else b.masked_load(address, wide, point.mask)
+        raw = b.load(address, wide) if point.mask is None else \
+            load_first(b, address, wide, point.mask, by_words=not ctx.target.has_avx512)
     else:
         pointers = _lane_pointers(ctx, memory, point)
         raw = b.gather(pointers, emit.vec(point.lanes, ty), _mask(ctx, point))
@@ -225,7 +226,7 @@ def store(ctx: Context, memory: Memory, point: Point, x: Val) -> None:
     elif point.mask is None:
         b.store(raw, memory.address(b, point.indices))
     else:
-        b.masked_store(raw, memory.address(b, point.indices), point.mask)
+        store_first(b, raw, memory.address(b, point.indices), point.mask, by_words=not ctx.target.has_avx512)
 
 
 def _lane_pointers(ctx: Context, memory: Memory, point: Point) -> Val:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from tessera.kernel.backends.cpu import emit
 from tessera.kernel.backends.cpu.context import Context, Memory
 from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, store
-from tessera.kernel.backends.cpu.emit import I64, Val
+from tessera.kernel.backends.cpu.emit import I32, I64, Val
 from tessera.kernel.ir import TileTy, Value
 
 Body = Callable[[Point], None]
@@ -90,14 +90,14 @@ def run_lanes(ctx: Context, extent: Val, lanes: int, body: Callable[[Val, Val | 
                 body(loop.i, None)
         if extent.const != full:
             with ctx.scope():
-                body(emit.const(full, I64), b.lane_mask(emit.const(extent.const - full, I64), lanes))
+                body(emit.const(full, I64), b.lane_mask(emit.const(extent.const - full, I32), lanes))
         return
     whole = b.and_(extent, -lanes)
     with b.for_(0, whole, lanes) as loop, ctx.scope():
         body(loop.i, None)
     rest = b.sub(extent, whole)
     with b.if_(b.cmp("gt", rest, 0)), ctx.scope():
-        body(whole, b.lane_mask(rest, lanes))
+        body(whole, b.lane_mask(b.cast("trunc", rest, I32), lanes))
 
 
 def write(ctx: Context, memory: Memory, value: Value, compute: Callable[[Point], Val] | None = None) -> None:

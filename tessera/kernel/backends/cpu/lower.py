@@ -31,11 +31,11 @@ _LAZY = frozenset("broadcast transpose reshape slice full iota load gather".spli
 def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
     """The module and its number of segments."""
     module = emit.Module()
-    kept = plan.plan(function)
+    kept, joined = plan.plan(function), plan.joined(function)
     segments = _segments(function.body)
     _emit_work(function, module, target)
     for number, (shared, ops) in enumerate(segments):
-        _lower_segment(function, module, target, kept, number, shared, ops)
+        _lower_segment(function, module, target, kept, joined, number, shared, ops)
     return module, len(segments)
 
 
@@ -81,8 +81,8 @@ def _has_effects(op: Op) -> bool:
     return op.name in ir.EFFECTS or any(_has_effects(inner) for region in op.regions for inner in region.ops)
 
 
-def _lower_segment(function: Function, module: emit.Module, target: Target, kept: set[str], number: int,
-                   shared: list[Op], ops: list[Op]) -> None:
+def _lower_segment(function: Function, module: emit.Module, target: Target, kept: set[str], joined: set[str],
+                   number: int, shared: list[Op], ops: list[Op]) -> None:
     items = module.function(f"items_{number}", I64, [("args", "ptr")])
     ctx = Context(function, module, target, items)
     total: Val = emit.const(1, I64)
@@ -94,7 +94,7 @@ def _lower_segment(function: Function, module: emit.Module, target: Target, kept
     ctx.b.ret(total)
     body = module.function(f"body_{number}", emit.VOID, [("args", PTR), ("begin", I64), ("end", I64)])
     ctx = Context(function, module, target, body)
-    ctx.materialize = kept
+    ctx.materialize, ctx.joined = kept, joined
     _lower_block(ctx, Block(ops=shared))
     if parallel:
         with ctx.b.for_(body.args[1], body.args[2]) as loop, ctx.scope():
@@ -182,9 +182,28 @@ def _store(ctx: Context, op: Op) -> None:
     if not value.type.rank:
         store(ctx, memory, Point(()), ctx.scalars[value.name])
         return
-    source = _uncast(op, value)
-    sweep(ctx, _store_type(view, value), [source],
-          lambda point: store(ctx, memory, point, element(ctx, source, point)))
+    source, type_ = plan.stored_value(op), _store_type(view, value)
+    if source.name in ctx.joined:
+        _store_parts(ctx, memory, source, type_)
+        return
+    sweep(ctx, type_, [source], lambda point: store(ctx, memory, point, element(ctx, source, point)))
+
+
+def _store_parts(ctx: Context, memory: Memory, joined: ir.Value, type_: ir.TileTy) -> None:
+    """A concatenation, each part to its place; at every point all parts are computed before one is stored."""
+    assert joined.op is not None
+    parts, axis = joined.op.operands, joined.op.attrs["axis"]
+    places = []
+    for number in range(len(parts)):
+        start = [emit.const(0, I64)] * type_.rank
+        start[axis] = ctx.size(number * parts[0].type.shape[axis])
+        places.append(Memory(memory.address(ctx.b, start), memory.strides, memory.dtype))
+
+    def body(point: Point) -> None:
+        for place, x in zip(places, [element(ctx, part, point) for part in parts]):
+            store(ctx, place, point, x)
+
+    sweep(ctx, ir.TileTy(parts[0].type.shape, type_.dtype, type_.valid), parts, body)
 
 
 def _store_type(view: ir.Value, value: ir.Value) -> ir.TileTy:
@@ -194,16 +213,9 @@ def _store_type(view: ir.Value, value: ir.Value) -> ir.TileTy:
     return ir.TileTy(value.type.shape, value.type.dtype, valid)
 
 
-def _uncast(op: Op, value: ir.Value) -> ir.Value:
-    """A store rounds by itself: skip a float cast to the target's dtype that feeds it alone."""
-    made = value.op
-    if made is not None and made.name == "cast" and value.type.dtype.is_float and value.type.dtype.bits < 32 and \
-            made.operands[0].type.dtype.name == "f32":
-        return made.operands[0]
-    return value
-
-
 def _concat(ctx: Context, op: Op) -> None:
+    if op.result.name in ctx.joined:
+        return
     memory, axis = ctx.buffer(op.result), op.attrs["axis"]
     offset = emit.const(0, I64)
     for operand in op.operands:

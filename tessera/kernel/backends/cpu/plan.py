@@ -2,7 +2,8 @@
 
 In: a function after the passes. Out: the names of the values to materialise. A tile is kept when an
 operation needs random access to it, when it is costly (exp, div, ...) and used more than once or
-repeated by a loop or a broadcast, or when memory it reads is written later.
+repeated by a loop or a broadcast, or when memory it reads is written later. Also: which concatenations
+are stored part by part.
 """
 
 from __future__ import annotations
@@ -39,6 +40,34 @@ def plan(function: Function) -> set[str]:
                     uses[result.name] > 1 or _repeated(result, function)):
                 kept.add(result.name)
     return kept
+
+
+def joined(function: Function) -> set[str]:
+    """Names of concatenations of equal parts that a store alone reads: it computes all parts in one loop.
+
+    A part is stored only after all parts of its point have been read, so that `x` may be rotated in place.
+    """
+    uses: Counter[str] = Counter()
+    _count(function.body, 0, uses, {})
+    found: set[str] = set()
+    for op in ir.walk(function.body):
+        if op.name == "store":
+            made = stored_value(op).op
+            if made is not None and made.name == "concat" and uses[made.result.name] == 1 and \
+                    uses[op.operands[1].name] == 1 and op.operands[0].type.valid[made.attrs["axis"]] is None and \
+                    all(part.type == made.operands[0].type for part in made.operands):
+                found.add(made.result.name)
+    return found
+
+
+def stored_value(store: Op) -> Value:
+    """What a store has to compute: it rounds by itself, so that a cast from f32 to its dtype falls away."""
+    value = store.operands[1]
+    made = value.op
+    if made is not None and made.name == "cast" and value.type.dtype.is_float and value.type.dtype.bits < 32 and \
+            made.operands[0].type.dtype.name == "f32":
+        return made.operands[0]
+    return value
 
 
 def _keeps_vectors(op: Op) -> bool:

@@ -97,7 +97,7 @@ def _remainder(ctx: Context, rule: _Rule, source: Value, at: Callable, states: l
         for slot, v in zip(slots, state):
             b.store(v, b.gep(slot, piece * lanes, emit.elem(v.ty)))
     with b.for_(whole, extent, lanes) as loop, ctx.scope():
-        mask = b.lane_mask(b.sub(extent, loop.i), lanes)
+        mask = b.lane_mask(b.cast("trunc", b.sub(extent, loop.i), I32), lanes)
         places = [b.gep(slot, b.sub(loop.i, whole), emit.elem(v.ty)) for slot, v in zip(slots, states[0])]
         old = [b.load(place, v.ty) for place, v in zip(places, states[0])]
         new = rule.take(old, element(ctx, source, at(loop.i, mask)), loop.i, mask)
