@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from tessera.cli.loading import Session, load
 from tessera.cli.options import ModelOptions, SamplingOptions
-from tessera.errors import InputError, TesseraError
+from tessera.errors import InputError, TesseraError, UnsupportedError
 
 HELP = """\
 /help          this list
@@ -25,7 +25,10 @@ def run(model: ModelOptions, sampling: SamplingOptions, *, system: str | None) -
 
     Raises:
         TesseraError: the model cannot be loaded; or, when the input is not a terminal, a turn fails.
+        UnsupportedError: more than one rank.
     """
+    if model.tp > 1:
+        raise UnsupportedError(f"--tp: {model.tp} given; chat runs in one process, generate and serve on several")
     session = load(model)
     session.tokenizer.apply_chat_template([{"role": "user", "content": "?"}])  # fails now if there is no template
     conversation = Conversation(session, sampling, system)

@@ -7,11 +7,13 @@ in a JSON object. Called by cli.app.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tessera import dist
 from tessera.cli.loading import Session, load
 from tessera.cli.options import ModelOptions, SamplingOptions
 from tessera.errors import InputError, NotFoundError
@@ -36,12 +38,33 @@ def run(
         if stream and clashes:
             raise InputError(f"--stream: given together with {name}, whose text is known only at the end")
     text = read_prompt(prompt, file)
+    if stream is None:
+        stream = sys.stdout.isatty() and sampling.num_beams == 1 and not as_json
+    if model.tp > 1:
+        dist.spawn(_on_rank, model.tp, model, sampling, text, chat, system, stream, as_json, threads=model.threads)
+    else:
+        _speak(model, sampling, text, chat, system, stream, as_json)
+
+
+def _on_rank(*arguments: Any) -> None:
+    """What each of several ranks does: all compute, the first one speaks."""
+    dist.init()
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of this process
+        sys.stderr = sys.stdout
+    _speak(*arguments)
+
+
+def _speak(
+    model: ModelOptions, sampling: SamplingOptions, text: str, chat: bool, system: str | None, stream: bool,
+    as_json: bool,
+) -> None:
     session = load(model)
     ids = prompt_ids(session, text, chat=chat, system=system)
     options = sampling.arguments(len(ids), session.engine.config.max_seq_len)
     if as_json:
         print(json.dumps(_report(session, ids, options), ensure_ascii=False))
-    elif stream or (stream is None and sys.stdout.isatty() and sampling.num_beams == 1):
+    elif stream:
         _stream(session, ids, options)
     else:
         result = session.engine.generate_detailed([ids], tokenizer=session.tokenizer, **options)

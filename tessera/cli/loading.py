@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from tessera import dist
 from tessera.cli.options import ModelOptions
 from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.infer.engine import GPTInference
@@ -49,14 +50,14 @@ def resolve(path: str) -> Path:
 
 
 def load(options: ModelOptions) -> Session:
-    """Load model and tokenizer, with a progress bar on a terminal."""
+    """Load model and tokenizer, with a progress bar on a terminal. With several ranks, each calls this."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     path = resolve(options.path)
     dtype = fastest_dtype() if options.dtype == "auto" else options.dtype
     start = time.perf_counter()
     with progress_bar(f"loading {path.name}") as progress:
-        model = load_model(path, dtype=dtype, progress=progress)
+        model = load_model(path, dtype=dtype, progress=progress, mesh=dist.mesh(options.tp) if options.tp > 1 else None)
     tokenizer = load_tokenizer(path)
     return Session(
         engine=GPTInference(model), tokenizer=tokenizer, dtype=model.config.compute.name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tessera.errors import InputError, UnsupportedError
+from tessera.errors import InputError
 from tessera.infer.config import GenerationConfig
 
 DEFAULT_NEW_TOKENS = 256
@@ -23,11 +23,10 @@ class ModelOptions:
         path: a model folder, a GGUF file, or "smollm2".
         dtype: "f32", "bf16", "f16" or "auto".
         threads: to compute with; None for torch's choice.
-        tp: tensor-parallel ranks.
+        tp: tensor-parallel ranks, processes on this host; `threads` is then of each.
 
     Raises:
         InputError: threads or tp below 1.
-        UnsupportedError: tp above 1.
     """
 
     path: str
@@ -39,8 +38,6 @@ class ModelOptions:
         for name, value in (("threads", self.threads), ("tp", self.tp)):
             if value is not None and value < 1:
                 raise InputError(f"--{name}: {value} given; expected at least 1")
-        if self.tp > 1:
-            raise UnsupportedError(f"--tp: {self.tp} given; this version generates on one device (--tp 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

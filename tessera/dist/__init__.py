@@ -7,6 +7,8 @@
 `ts.distributed` is another name of this module.
 """
 
+from typing import Any
+
 from tessera.dist.collectives import (
     all_gather,
     all_reduce,
@@ -31,6 +33,13 @@ from tessera.errors import CollectiveError
 __all__ = [
     "CollectiveError", "GradientTree", "Mesh", "ShardSpec", "all_gather", "all_reduce", "all_to_all", "barrier",
     "broadcast", "deterministic", "fan_out", "get_rank", "get_world_size", "hierarchical_all_reduce", "init",
-    "is_initialized", "launch", "mesh", "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send",
+    "is_initialized", "launch", "load_model", "mesh", "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send",
     "shutdown", "spawn", "tensor",
 ]
+
+
+def load_model(path: Any, mesh: Mesh, **options: Any) -> Any:
+    """`ts.load_model` with a mesh: this rank's part of a model; other arguments are passed on."""
+    import tessera
+
+    return tessera.load_model(path, mesh=mesh, **options)

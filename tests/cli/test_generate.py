@@ -103,7 +103,7 @@ def test_default_length_fits_the_context(tessera, model_folder):
     (["--num-beams", "1000", "a"], ["num_beams", "1000"]),
     (["--dtype", "int3", "a"], ["dtype", "int3"]),
     (["--threads", "0", "a"], ["--threads", "0"]),
-    (["--tp", "2", "a"], ["--tp", "2", "one device"]),
+    (["--tp", "0", "a"], ["--tp", "0", "at least 1"]),
     (["--json", "--stream", "a"], ["--stream", "--json"]),
     (["--stream", "--num-beams", "2", "a"], ["--stream", "--num-beams"]),
     (["--system", "x", "a"], ["--system", "--chat"]),

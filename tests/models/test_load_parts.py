@@ -44,7 +44,8 @@ def test_parts_of_quantized_blocks(hf_folder, kind, tmp_path):
 
 
 def test_a_quarter_is_read_and_held(tmp_path, monkeypatch):
-    config = ts.GPTConfig(n_layers=8, n_heads=8, d_model=512, d_ffn=2048, max_seq_len=64, vocab_size=512, family="llama")
+    config = ts.GPTConfig(n_layers=8, n_heads=8, d_model=512, d_ffn=2048, max_seq_len=64, vocab_size=512,
+                          family="llama")
     ts.save_model(ts.GPTModel(config), tmp_path / "model")
     whole = config.n_params * 4
     n_read = 0
