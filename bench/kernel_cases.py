@@ -7,7 +7,7 @@ reference, and either its flops or a `floor`: a torch operation that only moves 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -35,7 +35,7 @@ class Case:
     floor: Callable[[], object] | None = None
     flops: float = 0.0
     bytes: float = 0.0
-    goal: float = field(default=1.2)  # times the best peer
+    goal: float = 1.2  # how many times faster than torch
 
     @property
     def tolerance(self) -> float:
@@ -86,7 +86,7 @@ def _rms_norm(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
         return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
 
     return Case(
-        group="rms_norm", label=f"rms_norm {name} {rows}x{width}", out=out,
+        group=f"rms_norm {name}", label=f"rms_norm {name} {rows}x{width}", out=out,
         ours=lambda: kernels.rms_norm_kernel(x, weight, out, 1e-6), eager=lambda: formula(x, weight),
         expected=lambda: formula(x.double(), weight.double()), function=formula, arguments=(x, weight),
         floor=_move([x], out), bytes=2 * x.nbytes)
@@ -100,7 +100,7 @@ def _softmax(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
         return x.softmax(-1)
 
     return Case(
-        group="softmax", label=f"softmax {name} {rows}x{width}", out=out,
+        group=f"softmax {name}", label=f"softmax {name} {rows}x{width}", out=out,
         ours=lambda: kernels.softmax_kernel(x, out), eager=lambda: formula(x),
         expected=lambda: formula(x.double()), function=formula, arguments=(x,),
         floor=_move([x], out), bytes=2 * x.nbytes)
@@ -114,7 +114,7 @@ def _cross_entropy(name: str, dtype: torch.dtype, rows: int, classes: int) -> Ca
         return F.cross_entropy(x.float(), targets, reduction="none")
 
     return Case(
-        group="cross_entropy", label=f"cross_entropy {name} {rows}x{classes}", out=loss,
+        group=f"cross_entropy {name}", label=f"cross_entropy {name} {rows}x{classes}", out=loss,
         ours=lambda: kernels.cross_entropy_kernel(x, targets, loss), eager=lambda: formula(x, targets),
         expected=lambda: F.cross_entropy(x.double(), targets, reduction="none"), function=formula,
         arguments=(x, targets), floor=_move([x], None), bytes=x.nbytes)
@@ -128,7 +128,7 @@ def _swiglu(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
         return F.silu(gate) * up
 
     return Case(
-        group="swiglu", label=f"swiglu {name} {rows}x{width}", out=out,
+        group=f"swiglu {name}", label=f"swiglu {name} {rows}x{width}", out=out,
         ours=lambda: kernels.swiglu_kernel(gate, up, out), eager=lambda: formula(gate, up),
         expected=lambda: formula(gate.double(), up.double()), function=formula, arguments=(gate, up),
         floor=_move([gate, up], out), bytes=3 * out.nbytes)
@@ -144,7 +144,7 @@ def _rope(name: str, dtype: torch.dtype, length: int, heads: int, width: int) ->
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
     return Case(
-        group="rope", label=f"rope {name} {length}x{heads}x{width}", out=out,
+        group=f"rope {name}", label=f"rope {name} {length}x{heads}x{width}", out=out,
         ours=lambda: kernels.rope_kernel(x, cos, sin, out), eager=lambda: formula(x, cos, sin),
         expected=lambda: formula(x.double(), cos.double(), sin.double()), function=formula,
         arguments=(x, cos, sin), floor=_move([x], out), bytes=2 * x.nbytes)
@@ -159,7 +159,7 @@ def _embedding(name: str, dtype: torch.dtype, tokens: int, width: int) -> Case:
         return (table[ids].float() * 0.5).bfloat16()
 
     return Case(
-        group="embedding", label=f"embedding {name} {tokens}x{width}", out=out,
+        group=f"embedding {name}", label=f"embedding {name} {tokens}x{width}", out=out,
         ours=lambda: kernels.casted_embedding_kernel(ids, table, out, 0.5), eager=lambda: formula(table, ids),
         expected=lambda: table[ids].double() * 0.5, function=formula, arguments=(table, ids),
         floor=_move([rows], out), bytes=rows.nbytes + out.nbytes)
@@ -168,8 +168,9 @@ def _embedding(name: str, dtype: torch.dtype, tokens: int, width: int) -> Case:
 def _linear(name: str, dtype: torch.dtype, m: int, n: int, k: int) -> Case:
     x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
     out = torch.empty(m, n, dtype=dtype)
+    rows, goal = ("M<=8", 1.5) if m <= 8 else ("M=32", 1.0) if m == 32 else ("M>=128", 1.1 if name == "f32" else 0.9)
     return Case(
-        group="gemm", label=f"gemm {name} {m}x{n}x{k}", out=out, goal=1.5 if m <= 8 else 1.1 if name == "f32" else 0.9,
+        group=f"gemm {name} {rows}", label=f"gemm {name} {m}x{n}x{k}", out=out, goal=goal,
         ours=lambda: kernels.linear_kernel(x, weight, out), eager=lambda: F.linear(x, weight),
         expected=lambda: x[:16].double() @ weight.double().T, flops=2.0 * m * n * k, bytes=weight.nbytes,
         floor=_move([weight], None) if m <= 32 else None)
@@ -188,7 +189,7 @@ def _attention(name: str, dtype: torch.dtype, heads: int, kv_heads: int, length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != heads)
 
     return Case(
-        group="attention", label=f"attention {name} {heads}/{kv_heads}x{length}x{width}", out=out[:, -1],
+        group=f"attention {name}", label=f"attention {name} {heads}/{kv_heads}x{length}x{width}", out=out[:, -1],
         goal=1.2 if name == "f32" else 1.5,
         ours=lambda: kernels.flash_attention_kernel(q, k, v, out, scale, causal=True), eager=eager,
         expected=expected, flops=2.0 * heads * length**2 * width)
