@@ -23,7 +23,7 @@ GIB = 2**30
 
 # Shares of the peak that real training reaches, fitted by plan.published.fit (its docstring says on which rows).
 MATMUL_EFFICIENCY = 0.717
-FP8_EFFICIENCY = 0.496
+FP8_EFFICIENCY = 0.604
 HBM2E_CLOCK = 0.586
 
 

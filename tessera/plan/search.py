@@ -253,6 +253,8 @@ def _uneven_tp(config: GPTConfig, tp: int) -> str:
         return f"{config.n_heads} query heads do not divide among tp={tp}"
     if config.n_kv_heads % tp and tp % config.n_kv_heads:
         return f"{config.n_kv_heads} key/value heads do not divide among tp={tp}, nor tp among them"
+    if config.vocab_size < tp:
+        return f"{config.vocab_size} tokens of vocabulary are fewer than tp={tp}"
     return f"{config.d_ffn} neurons do not divide among tp={tp}" if config.d_ffn % tp else ""
 
 

@@ -47,7 +47,7 @@ def test_models_from_files(tessera, model_folder, tmp_path):
 def test_check(tessera):
     code, out, _ = tessera("plan", "--check")
     assert code == 0
-    assert out.count("held out") >= 16 and out.count("fitted") >= 11 and "median error, held-out rows" in out
+    assert out.count("held out") >= 17 and out.count("fitted") >= 10 and "median error, held-out rows" in out
     told = json.loads(tessera("plan", "--check", "--json")[1])
     assert len(told["times"]) == 27 and len(told["sizes_GiB"]) == 12
 

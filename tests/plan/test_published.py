@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from tessera.plan import machine
 from tessera.plan.published import Row, Size, error_summary, fit, rows, sizes
 
 ROWS = rows()
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 
 
 @pytest.mark.parametrize("size", sizes(), ids=lambda size: size.name)
@@ -40,11 +42,11 @@ def test_the_constants_are_what_the_fit_gives():
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.fitted], ids=lambda row: row.name)
 def test_held_out_rows(row: Row):
-    assert abs(row.error) < 0.3
+    assert abs(row.error) < 0.25
 
 
 @pytest.mark.parametrize("source, most", [
-    ("SC21", 0.05), ("Korthikanti", 0.08), ("Megatron Bridge", 0.15), ("torchtitan", 0.15)])
+    ("SC21", 0.05), ("Korthikanti", 0.08), ("Megatron Bridge", 0.15), ("torchtitan", 0.10)])
 def test_median_of_held_out_rows(source: str, most: float):
     assert statistics.median(abs(row.error) for row in ROWS if row.source == source and not row.fitted) < most
 
@@ -63,3 +65,9 @@ def test_recomputation_and_sequence_parallelism_save_what_was_published():
         full, selective = by_name[f"GPT {model}, full"], by_name[f"GPT {model}, selective"]
         predicted, published = full.predict() / selective.predict(), full.published / selective.published
         assert predicted == pytest.approx(published, rel=0.08)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.source} {row.name}")
+def test_the_documentation_has_every_error(row: Row):
+    line, = (line for line in DOCUMENT.splitlines() if line.startswith(f"| {row.source} | {row.name} |"))
+    assert f"| {row.error:+.1%} | {'fitted' if row.fitted else 'held out'} | {row.assumed} |" in line

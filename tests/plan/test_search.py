@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +130,10 @@ def test_this_cpu_is_measured():
     cpu = machine_named("cpu")
     assert 1e9 < cpu.peak_f32 < 1e15 and 1e8 < cpu.memory_bandwidth < 1e13 and cpu.memory_bytes > 2**28
     assert "peak_f32" not in cpu.assumed and "inter_bandwidth" in cpu.assumed
+
+
+def test_example(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "plan_120b.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for text in ("206,589,431,808 parameters", "busiest rank has 12 heads", "axes=('pp', 'dp', 'tp'), shape=(9, 2, 4)"):
+        assert text in out
