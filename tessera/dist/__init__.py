@@ -7,6 +7,7 @@
 `ts.distributed` is another name of this module.
 """
 
+import sys
 from typing import Any
 
 from tessera.dist.collectives import (
@@ -39,7 +40,6 @@ __all__ = [
 
 
 def load_model(path: Any, mesh: Mesh, **options: Any) -> Any:
-    """`ts.load_model` with a mesh: this rank's part of a model; other arguments are passed on."""
-    import tessera
-
-    return tessera.load_model(path, mesh=mesh, **options)
+    """`ts.load_model` with a mesh, under the documents' name: this rank's part of a model."""
+    # Models stand above this layer, so that the name is looked up in the public facade, and only when called.
+    return sys.modules["tessera"].load_model(path, mesh=mesh, **options)
