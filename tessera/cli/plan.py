@@ -138,19 +138,24 @@ def _plan_table(plans: list[Plan]) -> Table:
         cells = [*map(str, plan.layout.shape), f"{plan.memory.total / 1e9:.1f}"]
         if isinstance(plan.time, InferenceTime):
             cells += [f"{1e3 * plan.time.per_token:.2f}", f"{1e3 * plan.time.prefill:.1f}",
-                      f"{plan.tokens_per_second:,.0f}", plan.time.bound.replace("_", " ")]
+                      _rate(plan.tokens_per_second), plan.time.bound.replace("_", " ")]
         elif isinstance(plan.run, TrainingRun):
             cells += [str(plan.layout.virtual_stages), str(plan.run.micro_batch), plan.run.recompute,
-                      str(plan.layout.zero), f"{plan.seconds:.3f}", f"{plan.tokens_per_second:,.0f}",
+                      str(plan.layout.zero), f"{plan.seconds:.3f}", _rate(plan.tokens_per_second),
                       f"{plan.tflops:,.0f}"]
         table.add_row(*cells)
     return table
 
 
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
+
+
 def _as_json(plan: Plan) -> dict[str, Any]:
-    told = {"layout": dataclasses.asdict(plan.layout), "run": dataclasses.asdict(plan.run),
-            "memory_bytes": {**dataclasses.asdict(plan.memory), "total": plan.memory.total},
-            "seconds": dataclasses.asdict(plan.time), "tokens_per_second": plan.tokens_per_second}
+    told: dict[str, Any] = {
+        "layout": dataclasses.asdict(plan.layout), "run": dataclasses.asdict(plan.run),
+        "memory_bytes": {**dataclasses.asdict(plan.memory), "total": plan.memory.total},
+        "seconds": dataclasses.asdict(plan.time), "tokens_per_second": plan.tokens_per_second}
     if isinstance(plan.time, InferenceTime):
         told["seconds"] |= {"per_token": plan.time.per_token, "total": plan.seconds}
         return {**told, "bound": plan.time.bound}
