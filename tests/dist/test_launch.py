@@ -1,5 +1,7 @@
 """Jobs of processes: how they start, fail and end."""
 
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -92,3 +94,36 @@ def test_errors():
         ts.dist.spawn(ranks.speaks, 0)
     with pytest.raises(ts.errors.NotFoundError, match=r"no file at 'nowhere\.py'"):
         ts.dist.launch("nowhere.py", nproc=2)
+
+
+JOIN = """
+import os, time, torch
+import tessera as ts
+ts.init(timeout=60)
+print("joined", flush=True)
+mesh, x = ts.dist.mesh(), torch.ones(1 << 16)
+while True:
+    x = ts.dist.all_reduce(x, mesh) / 3
+"""
+
+
+def test_without_a_launcher_every_survivor_names_the_dead():
+    """Started by hand, as on several hosts: nobody but the ranks themselves can tell."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(3):
+        own = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", JOIN], env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        assert process.stdout.readline() == "joined\n"
+    time.sleep(0.3)
+    processes[1].kill()
+    for rank, process in enumerate(processes):
+        _, err = process.communicate(timeout=20)
+        assert process.returncode != 0
+        if rank != 1:
+            assert f"rank 1 (process {processes[1].pid}) died" in err
