@@ -30,7 +30,7 @@ def vocabulary_metadata(folder: Path, vocab_size: int, pre: str | None = None) -
 
     Raises:
         FileFormatError: tokenizer.json is damaged.
-        UnsupportedFileError: it is not BPE, or splits text in a way that GGUF has no known name for.
+        UnsupportedFileError: it is not BPE, has no merges, or splits text in a way that GGUF has no known name for.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -41,6 +41,8 @@ def vocabulary_metadata(folder: Path, vocab_size: int, pre: str | None = None) -
         raise UnsupportedFileError(f"{path}: only BPE tokenizers can be written to GGUF")
     tokens, kinds = _tokens(parsed, model, vocab_size, path)
     merges = [_merge(merge, path) for merge in model.get("merges") or []]
+    if not merges:
+        raise UnsupportedFileError(f"{path}: no merges; GGUF has no form for a vocabulary that never merges")
     steps = [step.get("type") for step in _steps(parsed.get("pre_tokenizer"))]
     if model.get("byte_fallback"):
         metadata = _sentencepiece(parsed, tokens, merges)

@@ -87,6 +87,7 @@ def _full_name(name: str, family: str) -> str:
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
+@torch.inference_mode(False)  # parameters that a trainer can use, wherever the call stands
 def load_model(
     path: str | os.PathLike[str], dtype: str = "f32", device: str | torch.device = "cpu",
     progress: Progress | None = None, *, mesh: Mesh | None = None,

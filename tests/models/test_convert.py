@@ -94,3 +94,12 @@ def test_a_pre_tokenizer_of_unknown_form_can_be_named(tmp_path):
     tokenizer = byte_level(split("x+"), pre_tokenizers.ByteLevel(False, use_regex=False))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert vocabulary_metadata(tmp_path, 500, pre="tekken")["tokenizer.ggml.pre"] == "tekken"
+
+
+def test_a_vocabulary_without_merges_is_refused(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnsupportedFileError, match="no merges"):
+        vocabulary_metadata(tmp_path, 256)

@@ -102,6 +102,14 @@ def test_dtypes_are_rounded_once(hf_folder, family, dtype, expected):
         assert torch.equal(parameter, exact.get_parameter(name).to(expected)), name
 
 
+def test_loading_inside_inference_mode_gives_ordinary_parameters(hf_folder):
+    with torch.inference_mode():
+        model = ts.load_model(hf_folder("llama", 0)[0])
+    assert not any(p.is_inference() for p in model.parameters())
+    model.train()(torch.tensor([[1, 2, 3]]))["logits"].sum().backward()
+    assert model.embed.weight.grad is not None
+
+
 def test_shards_of_transformers_and_files_without_the_base_prefix(hf_folder, tmp_path):
     folder, expected = hf_folder("gpt2", 5, shard_size="100KB")
     assert (folder / "model.safetensors.index.json").is_file()
