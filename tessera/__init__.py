@@ -21,6 +21,7 @@ _PUBLIC: dict[str, str] = {
     "GPTConfig": "tessera.models.config", "RopeScaling": "tessera.ops.rotary", "GPTModel": "tessera.models.gpt",
     "KVCache": "tessera.nn.kv_cache",
     **dict.fromkeys(("Kernel", "constexpr", "schedule"), "tessera.kernel"),
+    "autotune": "tessera.kernel.tune",
     "load_model": "tessera.models.load", "save_model": "tessera.models.save",
     **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange"), "tessera.dist"),
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",

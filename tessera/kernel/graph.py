@@ -51,7 +51,7 @@ class _Replayable(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """One recording: the parts of its key by argument, and how to run it."""
+    """One recording: its arguments' keys, and how to run it."""
 
     parts: Mapping[str, Any]
     replay: _Replayable
@@ -69,6 +69,8 @@ class Graph:
         self._max_buckets = max_buckets
         self._signature = _signature(function)
         self._outside = outside_values(function)
+        plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._signature.parameters.values())
+        self._positional = len(self._signature.parameters) if plain else -1  # then arguments bind by position
         self._varying = self._arguments_that_vary()
         self._buckets: OrderedDict[Any, Bucket] = OrderedDict()
         self._pinned: dict[Any, tuple[int, ...]] = {}
@@ -90,9 +92,13 @@ class Graph:
         """
         if is_recording() or is_observed():
             return self.function(*args, **kwargs)  # part of a larger graph, or each kernel is to be seen
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        described, parts = self._describe(bound.arguments)
+        if not kwargs and len(args) == self._positional:
+            arguments: dict[str, Any] = dict(zip(self._signature.parameters, args))
+        else:
+            bound = self._signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = bound.arguments
+        described = self._describe(arguments)
         key = tuple(described.key)
         with self._lock:
             pinned = tuple(described.tensors[i].data_ptr() for i in self._pinned.get(key, ()))
@@ -100,23 +106,23 @@ class Graph:
             if bucket is not None:
                 self._buckets.move_to_end((key, pinned))
                 return bucket.replay(described.tensors)
-            return self._record(bound, described, key, parts)
+            return self._record(self._signature.bind(*args, **kwargs), arguments, described, key)
 
-    def _describe(self, arguments: Mapping[str, Any]) -> tuple[Described, dict[str, Any]]:
-        described, parts = Described(), {}
-        described.add((torch.get_num_threads(), env.get("TESSERA_BACKEND")))
-        for name, value in arguments.items():
-            start = len(described.key)
+    def _describe(self, arguments: Mapping[str, Any]) -> Described:
+        described = Described()
+        described.add(torch.get_num_threads())
+        described.add(env.get("TESSERA_BACKEND"))
+        for value in arguments.values():
             described.add(value)
-            parts[name] = described.key[start:]
         described.add(self._outside(), walk_objects=False)
-        return described, parts
+        return described
 
-    def _record(self, bound: inspect.BoundArguments, described: Described, key: Any, parts: dict[str, Any]) -> Any:
+    def _record(self, bound: inspect.BoundArguments, arguments: Mapping[str, Any], described: Described,
+                key: Any) -> Any:
         """Run the function, keep what it launched, and return what it returned."""
         with record(self.name) as recorded:
             result = self.function(*bound.args, **bound.kwargs)
-        if tuple(self._describe(bound.arguments)[0].key) != key:
+        if tuple(self._describe(arguments).key) != key:
             raise UnsupportedError(f"graph {self.name}: the function changes an argument, or what it reads, in Python; "
                                    "a replay would not; pass such state as tensors that kernels write")
         devices = {launch.specialisation.backend for launch in recorded.launches}
@@ -128,6 +134,7 @@ class Graph:
             raise UnsupportedError(f"graph {self.name}: kernels run on cpu and on cuda; a graph has one device")
         else:
             replay = _CpuGraph(self.name, described.tensors, recorded, result)
+        parts = {name: _key_of(value) for name, value in arguments.items()}
         self._tell_unexpected(parts)
         pinned = tuple(described.tensors[i].data_ptr() for i in self._pinned.get(key, ()))
         self._buckets[key, pinned] = Bucket(parts=parts, replay=replay, held=described.held, kernels=tuple(
@@ -188,6 +195,12 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
         return inspect.signature(function, eval_str=True)
     except (NameError, SyntaxError, TypeError, AttributeError):
         return inspect.signature(function)
+
+
+def _key_of(value: Any) -> tuple[Any, ...]:
+    described = Described()
+    described.add(value)
+    return tuple(described.key)
 
 
 def _dim_names(annotation: Any) -> set[str]:

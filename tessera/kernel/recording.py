@@ -22,6 +22,7 @@ from tessera.errors import UnsupportedError
 from tessera.kernel.specialise import Run, Specialisation, observing
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, enum.Enum)
+_EXACT = frozenset([type(None), bool, int, str])  # equal and of one type means the same
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 _ALLOCATIONS = frozenset(
     "aten::empty aten::empty_like aten::empty_strided aten::new_empty aten::new_empty_strided".split())
@@ -51,12 +52,13 @@ class Described:
         Raises:
             UnsupportedError: a tensor is not dense.
         """
+        kind = type(value)
+        if kind in _EXACT:
+            return self.key.append((kind, value))
         if isinstance(value, torch.Tensor):
             return self._add_tensor(value)
-        kind = type(value)
         if isinstance(value, _PLAIN):
-            # By text: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
-            return self.key.append((kind, repr(value)))
+            return self.key.append((kind, repr(value)))  # by text, which tells 0.0 and -0.0 apart
         if id(value) in self._seen:
             return self.key.append(("again", self._seen[id(value)]))
         self._seen[id(value)] = len(self._seen)

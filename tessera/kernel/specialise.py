@@ -20,8 +20,11 @@ from tessera.kernel.ir import Function
 Run = Callable[[Sequence[Any], Sequence[int]], None]
 
 
-class Chooser(backends.Compiled, Protocol):
+class Chooser(Protocol):
     """A kernel with several schedules: `choose` gives the one for a call."""
+
+    def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
+        """Run as the chosen one."""
 
     def choose(self, args: Sequence[Any], sizes: Sequence[int]) -> backends.Compiled:
         """The compiled kernel that runs with these arguments."""

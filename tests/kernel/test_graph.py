@@ -88,7 +88,7 @@ def test_whatever_differs_makes_a_bucket():
             assert torch.equal(captured(a, b), block(a, b))
         assert torch.equal(captured(x, w, eps=0.5), block(x, w, eps=0.5))
         assert len(captured.buckets) == len(calls) + 1, times
-    with pytest.raises(LaunchError, match="D=16|K=16"):
+    with pytest.raises(LaunchError, match=r"D=16|K=16"):
         captured(x, draw(15, 12))
     with pytest.raises(LaunchError, match="f64"):
         captured(x.double(), w)

@@ -1,0 +1,295 @@
+"""`@ts.autotune`: the schedule of a kernel chosen by measuring it with the arguments of its launches.
+
+    @ts.autotune(configs=[{"tile": {"BM": 32}}, {"tile": {"BM": 128}}], key=["N", "K"])
+    @ts.kernel
+    def matmul(...): ...
+
+    ts.autotune.enable(cache_key=("arch", "dtype", "shape"))  # every kernel with a matmul and no schedule
+
+In: a `Specialisation` from the launch path. Out: a `Choice` that stands where the compiled kernel would. The first
+launch with a key compiles each schedule, times it on copies of what the kernel writes, and keeps the fastest in
+the cache folder (TESSERA_CACHE_DIR); from then on, also in other processes, nothing is measured. Every schedule
+computes the same function; on CPU to the bit, on CUDA a schedule's BK fixes the order of a matmul's sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tessera.errors import CompileError, InputError, TesseraError
+from tessera.kernel import backends, cache, ir
+from tessera.kernel.ir import Function
+from tessera.kernel.schedule import flatten
+from tessera.kernel.specialise import Specialisation, set_default_tuner
+
+KEY_PARTS = ("arch", "dtype", "shape")
+_REPEATS = 5
+_DEFAULT_SPACES = {
+    "cpu": {"BM": [16, 64, 128], "BN": [128, 256, 512]},
+    "cuda": {"BM": [32, 64, 128], "BN": [64, 128], "warps": [4, 8]},
+}
+_log = logging.getLogger("tessera.tune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was found for one key: the schedule, and of each schedule seconds or why it was left out.
+
+    `measured` is False where the schedule came from the disk.
+    """
+
+    kernel: str
+    key: tuple[Any, ...]
+    schedule: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    skipped: Mapping[str, str]
+    measured: bool
+
+
+_results: list[Result] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuner:
+    """Makes choices: which schedules to try, what tells launches apart, how long to measure (seconds a key)."""
+
+    schedules: tuple[Mapping[str, Any], ...]
+    key: tuple[str, ...]
+    budget: float
+
+    def __call__(self, specialisation: Specialisation) -> Choice:
+        return Choice(specialisation, self)
+
+
+class Choice:
+    """One specialisation under several schedules; called like a compiled kernel.
+
+    Raises:
+        InputError: the tuner's key names what the kernel does not have.
+        CompileError: at a launch, none of the schedules works.
+    """
+
+    def __init__(self, specialisation: Specialisation, tuner: Tuner) -> None:
+        self._specialisation, self._tuner = specialisation, tuner
+        self._pick = _key_reader(specialisation.function, tuner.key)
+        self._best: dict[Any, backends.Compiled] = {}
+        self._made: dict[int, backends.Compiled] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def source(self) -> str:
+        """The text of the schedule that was chosen last; before any launch, of the kernel's own."""
+        return next(reversed(self._best.values())).source if self._best else self._specialisation.compiled.source
+
+    def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
+        self.choose(args, sizes)(args, sizes)
+
+    def choose(self, args: Sequence[Any], sizes: Sequence[int]) -> backends.Compiled:
+        """The compiled kernel for a launch: known, from the disk, or the fastest of those that are measured now."""
+        key = self._pick(args, sizes)
+        found = self._best.get(key)
+        if found is None:
+            with self._lock:
+                found = self._best.get(key)
+                if found is None:
+                    found = self._best[key] = self._find(key, args, sizes)
+        return found
+
+    def _find(self, key: tuple[Any, ...], args: Sequence[Any], sizes: Sequence[int]) -> backends.Compiled:
+        measured: list[bool] = []
+
+        def measure() -> bytes:
+            measured.append(True)
+            return json.dumps(self._measure(args, sizes)).encode()
+
+        identity = json.dumps(["tune", self._identity(args), [*map(repr, key)]])
+        report = json.loads(cache.cached(identity, measure))
+        best = int(report["best"])
+        names = [_text(schedule) for schedule in self._tuner.schedules]
+        _results.append(Result(
+            kernel=self._specialisation.name, key=key, schedule=self._tuner.schedules[best], measured=bool(measured),
+            seconds={names[int(i)]: s for i, s in report["seconds"].items()},
+            skipped={names[int(i)]: why for i, why in report["skipped"].items()}))
+        return self._compiled(best)
+
+    def _identity(self, args: Sequence[Any]) -> list[str]:
+        """What a stored choice belongs to, besides its key: the kernel, the schedules, the machine."""
+        function = self._specialisation.function
+        text = f"{function}\n{[_text(schedule) for schedule in self._tuner.schedules]}"
+        arch = _arch(self._specialisation.backend, args) if "arch" in self._tuner.key else ""
+        return [hashlib.sha256(text.encode()).hexdigest(), self._specialisation.backend, arch]
+
+    def _compiled(self, index: int) -> backends.Compiled:
+        if index not in self._made:
+            schedule = {**self._specialisation.function.schedule, **self._tuner.schedules[index]}
+            function = self._specialisation.retrace(schedule)
+            self._made[index] = backends.get(self._specialisation.backend).compile(function)
+        return self._made[index]
+
+    def _measure(self, args: Sequence[Any], sizes: Sequence[int]) -> dict[str, Any]:
+        """{"best": index, "seconds": {index: s}, "skipped": {index: why}}; the first of equals is best."""
+        args = list(args)
+        for i in self._specialisation.outputs:
+            args[i] = args[i].clone()  # a kernel may add to what it writes: the caller's tensors are left alone
+        seconds: dict[int, float] = {}
+        skipped: dict[int, str] = {}
+        started = time.perf_counter()
+        for index, schedule in enumerate(self._tuner.schedules):
+            if seconds and time.perf_counter() - started > self._tuner.budget:
+                skipped[index] = f"not tried: the budget of {self._tuner.budget} s was used up"
+                continue
+            try:
+                run = self._compiled(index)
+                run(args, sizes)  # the first call may compile and touches cold memory
+                seconds[index] = _median_seconds(lambda run=run: run(args, sizes), args)  # type: ignore[misc]
+            except TesseraError as error:
+                skipped[index] = " ".join(str(error).split())
+                _log.warning("kernel %s: schedule %s left out: %s", self._specialisation.name, _text(schedule),
+                             skipped[index])
+        if not seconds:
+            raise CompileError(f"kernel {self._specialisation.name}: none of the {len(skipped)} schedules to tune "
+                               f"works; the first: {skipped[0]}")
+        best = min(seconds, key=lambda index: (seconds[index], index))
+        return {"best": best, "seconds": seconds, "skipped": skipped}
+
+
+def _median_seconds(run: Callable[[], None], args: Sequence[Any]) -> float:
+    """The median time of a few calls."""
+    device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), torch.device("cpu"))
+    times = []
+    for _ in range(_REPEATS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _arch(backend: str, args: Sequence[Any]) -> str:
+    """The machine as far as times depend on it."""
+    if backend == "cuda":
+        return torch.cuda.get_device_name(next(arg.device for arg in args if isinstance(arg, torch.Tensor)))
+    return f"{_cpu_key()} {torch.get_num_threads()} threads"
+
+
+def _cpu_key() -> str:
+    from tessera.kernel.backends.cpu.host import target
+
+    return target().key
+
+
+def _key_reader(function: Function, key: Sequence[str]) -> Callable[[Sequence[Any], Sequence[int]], tuple[Any, ...]]:
+    """(args, sizes) -> what tells launches apart. Dtypes always do: each has a specialisation of its own."""
+    names = [name for name in key if name not in KEY_PARTS]
+    scalars = {p.name: i for i, p in enumerate(function.params) if not p.is_view}
+    for name in names:
+        if name not in function.sizes and name not in scalars:
+            raise InputError(f"kernel {function.name}: autotune key {name!r} is not one of its dims and numbers "
+                             f"({', '.join([*function.sizes, *scalars])}), nor of {', '.join(KEY_PARTS)}")
+    if "shape" in key:
+        names += [size for size in function.sizes if size not in names]
+    at_sizes = [function.sizes.index(name) for name in names if name in function.sizes]
+    at_args = [scalars[name] for name in names if name not in function.sizes]
+    if not at_args and at_sizes == list(range(len(function.sizes))):
+        return lambda args, sizes: tuple(sizes)
+    return lambda args, sizes: (*(sizes[i] for i in at_sizes), *(args[i] for i in at_args))
+
+
+def _text(schedule: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(schedule.items())) or "default"
+
+
+def _schedules(configs: Sequence[Mapping[str, Any]] | None,
+               space: Mapping[str, Sequence[Any]] | None) -> tuple[Mapping[str, Any], ...]:
+    if (configs is None) == (space is None):
+        raise InputError("autotune: expected either configs=[{...}, ...] or space={name: [values]}")
+    if space is not None:
+        configs = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    found = tuple(flatten(config) for config in configs or ())
+    if not found:
+        raise InputError("autotune: no schedule to try; expected at least one")
+    return found
+
+
+class _Autotune:
+    """`ts.autotune`: the decorator, and the switch for kernels without one."""
+
+    def __call__(self, *, configs: Sequence[Mapping[str, Any]] | None = None,
+                 space: Mapping[str, Sequence[Any]] | None = None, key: Sequence[str] = KEY_PARTS,
+                 budget: float = 2.0) -> Callable[[Any], Any]:
+        """Decorator, above or below `@ts.kernel`: choose the schedule by measuring.
+
+        Args:
+            configs: schedules to try, each with options as for `ts.schedule`.
+            space: values of each option, in all combinations, in place of configs.
+            key: what tells launches apart: dims and number arguments by name, "shape" (every dim), "arch" (the
+                machine: a stored choice serves no other). Each dtype is always measured by itself.
+            budget: seconds of measuring a key; at least one schedule is tried.
+
+        Raises:
+            InputError: an option is unknown, or both or neither of configs and space are given.
+        """
+        if isinstance(key, str) or not all(isinstance(name, str) for name in key):
+            raise InputError(f"autotune: key={key!r} given; expected a list of names")
+        tuner = Tuner(schedules=_schedules(configs, space), key=tuple(key), budget=float(budget))
+
+        def apply(target: Any) -> Any:
+            if hasattr(target, "with_tuner"):
+                return target.with_tuner(tuner)
+            if not callable(target):
+                raise InputError(f"autotune: {target!r} given; expected a kernel or a function")
+            target.__tile_tuner__ = tuner
+            return target
+
+        return apply
+
+    def enable(self, cache_key: Sequence[str] = KEY_PARTS, budget: float = 2.0) -> None:
+        """Tune every kernel that has a matmul and no schedule or tuner of its own, from its next launch on.
+
+        Args:
+            cache_key: of "arch", "dtype", "shape": what a stored choice is told apart by. Without "shape" the first
+                launch decides for all sizes.
+            budget: seconds of measuring a key.
+
+        Raises:
+            InputError: another name in cache_key.
+        """
+        unknown = [name for name in cache_key if name not in KEY_PARTS]
+        if isinstance(cache_key, str) or unknown:
+            raise InputError(f"autotune: cache_key={cache_key!r} given; expected names out of {', '.join(KEY_PARTS)}")
+        tuners = {backend: Tuner(schedules=({}, *_schedules(None, space)), key=tuple(cache_key), budget=float(budget))
+                  for backend, space in _DEFAULT_SPACES.items()}
+
+        def tune(specialisation: Specialisation) -> Choice | None:
+            function = specialisation.function
+            tuner = tuners.get(specialisation.backend)
+            if tuner is None or function.schedule or not any(op.name == "mma" for op in ir.walk(function.body)):
+                return None
+            return tuner(specialisation)
+
+        set_default_tuner(tune)
+
+    def disable(self) -> None:
+        """End `enable`."""
+        set_default_tuner(None)
+
+    def report(self) -> list[Result]:
+        """What has been chosen in this process, in order."""
+        return list(_results)
+
+
+autotune = _Autotune()
