@@ -92,7 +92,9 @@ def _lower_segment(function: Function, module: emit.Module, target: Target, kept
         for count in ops[0].operands:
             total = ctx.b.mul(total, ctx.b.max(index64(ctx, ctx.scalars[count.name]), 0))
     ctx.b.ret(total)
-    body = module.function(f"body_{number}", emit.VOID, [("args", PTR), ("begin", I64), ("end", I64)])
+    # Two callers, one for a team and one for a lone thread: a copy in each would double the time to compile.
+    body = module.function(
+        f"body_{number}", emit.VOID, [("args", PTR), ("begin", I64), ("end", I64)], inline=False)
     ctx = Context(function, module, target, body)
     ctx.materialize, ctx.joined = kept, joined
     _lower_block(ctx, Block(ops=shared))
