@@ -15,6 +15,7 @@ import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,7 @@ def _seconds(run: Callable[[], object], calls: int) -> float:
 @torch.inference_mode()
 def run_case(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Check and time one case: seconds (medians, or the fastest), ratios to the best peer and to the limit."""
+    print(case.label, file=sys.stderr, flush=True)
     error = check(case)
     times = measure(systems(case, arguments.compile), arguments.repetitions)
     seconds = {name: (min if arguments.fastest else statistics.median)(values) for name, values in times.items()}
