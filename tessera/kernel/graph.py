@@ -9,11 +9,12 @@ CUDA graph.
 
 The contract. A call runs the recording of its bucket: same shapes, strides, dtypes, devices and sharing of memory
 of all tensors; same values of all else in its arguments, in the function's closure and in the globals that it
-names. A call that differs in any of this is recorded anew. What is computed and where it goes:
+names (objects there count by identity). A call that differs in any of this is recorded anew. Where things go:
   * tensors of the arguments are read and written where they lie at that call;
   * returned tensors that the function allocated are new at each call; other tensors that it allocates keep their
     place from call to call, and are kept alive;
-  * tensors that it reaches in other ways (globals of functions that it calls) are those of the recording.
+  * tensors that it reaches in other ways (through objects in its closure or in globals, through functions that it
+    calls) are those of the recording: write into them, do not replace them, or pass the object as an argument.
 Python code runs at the recording only. What a replay could not repeat is refused then: operations of torch,
 tensors read back to Python, arguments changed in Python, results that carry a gradient.
 """

@@ -201,6 +201,50 @@ def test_closures_globals_and_objects():
     assert len(run.buckets) == 3
 
 
+def test_memory_behind_objects_in_the_closure_is_that_of_the_recording():
+    class Holder:
+        weight = torch.nn.Parameter(torch.eye(256), requires_grad=False)
+
+    holder = Holder()
+
+    @graph.capture
+    def run(x):
+        out = torch.empty_like(x)
+        matmul(x, holder.weight, out)
+        return out
+
+    x = draw(3, 256)
+    assert torch.equal(run(x), x)
+    holder.weight.data = torch.zeros(256, 256)  # lets go of the recorded memory, which must stay valid
+    junk = [torch.full((256, 256), 7.0) for _ in range(8)]
+    assert torch.equal(run(x), x) and len(junk) == 8
+
+
+@ts.kernel
+def mirror(x: Tile["S", "D", f32], middle: Tile["S", "D", f32], o: Tile["S", "D", f32]):
+    ctx = tile.context()
+    for i in tile.grid(ctx.S):
+        middle[i, :] = x[i, :] * 3.0
+    for i in tile.grid(ctx.S):
+        o[i, :] = middle[ctx.S - 1 - i, :]
+
+
+@pytest.mark.parametrize("s, d", [(2, 3), (301, 100), (1000, 130)])
+def test_kernels_of_several_parallel_loops(threads, s, d):
+    """Each loop reads what other threads wrote in the one before: the barriers hold, small and large alike."""
+    @graph.capture
+    def run(x):
+        middle, once, twice = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        mirror(x, middle, once)
+        mirror(once, middle, twice)
+        mirror(twice, middle, once)
+        return once
+
+    for seed in range(4):
+        x = draw(s, d, seed=seed)
+        assert torch.equal(run(x), (x * 3 * 3 * 3).flip(0))
+
+
 def test_methods_and_nested_graphs():
     class Model:
         def __init__(self, seed):

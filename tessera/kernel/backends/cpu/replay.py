@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
+
 from tessera.kernel.backends.cpu import jit, threads
 from tessera.kernel.backends.cpu.emit import I32, I64, PTR, VOID, Builder, Function, Module, Val
 from tessera.kernel.backends.cpu.host import target
@@ -37,12 +39,13 @@ class Launch:
 class Replay:
     """Runs recorded launches on `width` threads. Not for two threads at once: they would share the tables.
 
-    It keeps the kernels and the tensors whose address is fixed.
+    It keeps the kernels and the memory whose address is fixed.
     """
 
     def __init__(self, launches: Sequence[Launch], width: int) -> None:
-        self._kept = [(one.compiled, [arg for i, arg in enumerate(one.args) if i not in one.bindings])
-                      for one in launches]
+        # Storages, not tensors: `tensor.data = other` lets go of the memory that the tables point at.
+        self._kept = [(one.compiled, [arg.untyped_storage() for i, arg in enumerate(one.args)
+                                      if i not in one.bindings and isinstance(arg, torch.Tensor)]) for one in launches]
         packed = [one.compiled.pack(one.args, one.sizes, width) for one in launches]
         self._args = ctypes.create_string_buffer(b"".join(packed), max(1, sum(map(len, packed))))
         starts = [sum(map(len, packed[:k])) for k in range(len(packed) + 1)]
