@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
 
 def _product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     out_MN = torch.empty(x_MK.shape[0], weight_NK.shape[0], device=x_MK.device)
-    product_kernel(x_MK.contiguous(), weight_NK.contiguous(), out_MN)
+    product_kernel(x_MK, weight_NK, out_MN)
     return out_MN
 
 
@@ -162,7 +162,7 @@ def attention(
     """
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty(q.shape, device=q.device)
-        attention_kernel(q.contiguous(), k.contiguous(), v.contiguous(), allowed_BST.contiguous(), out, scale, softcap)
+        attention_kernel(q, k, v, allowed_BST, out, scale, softcap)
         return out.to(q.dtype)
 
     return _Recomputed.apply(run, reference, q_BSHD, k_BKTD, v_BKTD)
