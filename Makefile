@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-fast check bench clean
+.PHONY: help demo test test-all check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -14,11 +14,11 @@ demo: $(STAMP)  ## set up, then stream text from SmolLM2-135M-Instruct
 	@$(VENV)/bin/tessera generate --model smollm2 --dtype f32 --chat --stream --max-new-tokens 96 --greedy \
 	    "Explain in three sentences what a transformer language model is."
 
-test: $(STAMP)  ## the whole test suite
-	$(PY) -m pytest
-
-test-fast: $(STAMP)  ## the suite without the slow tests
+test: $(STAMP)  ## the test suite (every slow test has a faster sibling here)
 	$(PY) -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## the slow tests as well
+	$(PY) -m pytest
 
 check: $(STAMP)  ## lint and types
 	$(VENV)/bin/ruff check .
