@@ -62,7 +62,7 @@ _results: list[Result] = []
 
 @dataclass(frozen=True, kw_only=True)
 class Tuner:
-    """Makes choices: which schedules to try, what tells launches apart, how long to measure (seconds a key)."""
+    """Makes choices: which schedules to try, what tells launches apart, how long a search may take (seconds)."""
 
     schedules: tuple[Mapping[str, Any], ...]
     key: tuple[str, ...]
@@ -230,7 +230,7 @@ class _Autotune:
 
     def __call__(self, *, configs: Sequence[Mapping[str, Any]] | None = None,
                  space: Mapping[str, Sequence[Any]] | None = None, key: Sequence[str] = KEY_PARTS,
-                 budget: float = 2.0) -> Callable[[Any], Any]:
+                 budget: float = 5.0) -> Callable[[Any], Any]:
         """Decorator, above or below `@ts.kernel`: choose the schedule by measuring.
 
         Args:
@@ -238,7 +238,7 @@ class _Autotune:
             space: values of each option, in all combinations, in place of configs.
             key: what tells launches apart: dims and number arguments by name, "shape" (every dim), "arch" (the
                 machine: a stored choice serves no other). Each dtype is always measured by itself.
-            budget: seconds of measuring a key; at least one schedule is tried.
+            budget: seconds that a search may take, compiling included; at least one schedule is tried.
 
         Raises:
             InputError: an option is unknown, or both or neither of configs and space are given.
@@ -257,13 +257,13 @@ class _Autotune:
 
         return apply
 
-    def enable(self, cache_key: Sequence[str] = KEY_PARTS, budget: float = 2.0) -> None:
+    def enable(self, cache_key: Sequence[str] = KEY_PARTS, budget: float = 5.0) -> None:
         """Tune every kernel that has a matmul and no schedule or tuner of its own, from its next launch on.
 
         Args:
             cache_key: of "arch", "dtype", "shape": what a stored choice is told apart by. Without "shape" the first
                 launch decides for all sizes.
-            budget: seconds of measuring a key.
+            budget: seconds that a search may take, compiling included.
 
         Raises:
             InputError: another name in cache_key.
