@@ -177,7 +177,7 @@ def main() -> None:
     arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 15)
     arguments.compile = arguments.compile and shutil.which(os.environ.get("CXX", "g++")) is not None
     torch.set_num_threads(arguments.threads)
-    about = machine()
+    about = machine() | {"load_average": os.getloadavg()[0]}
     fast_bf16 = about["bf16_flops"] > about["f32_flops"] / 10
     results = [run_case(case, about["bf16_flops" if " bf16 " in case.label and fast_bf16 else "f32_flops"], arguments)
                for case in cases(arguments, fast_bf16)]
@@ -185,7 +185,8 @@ def main() -> None:
     print()
     print_table(["geometric means", "x torch", "goal", "of limit", "met"], summary(results))
     overhead = {"launch_seconds": launch_seconds(), "compile": list(compile_seconds())}
-    print(f"\nwarm launch, 4 arguments: {overhead['launch_seconds'] * 1e6:.1f} us")
+    print(f"\nload average at the start: {about['load_average']:.1f} (figures need a quiet machine)")
+    print(f"warm launch, 4 arguments: {overhead['launch_seconds'] * 1e6:.1f} us")
     print_table(["milliseconds", "cold compile", "from disk"],
                 [[c["kernel"], f"{c['cold_seconds'] * 1e3:.0f}", f"{c['cached_seconds'] * 1e3:.1f}"]
                  for c in overhead["compile"]])

@@ -113,7 +113,7 @@ def test_gemm_and_linear(backend, dtype, m, k, n, randn):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads,kv_heads,length,keys,width", [
-    (1, 1, 1, 1, 8), (2, 1, 7, 33, 16), (4, 2, 70, 70, 24), (3, 3, 130, 130, 64)])
+    (1, 1, 1, 1, 8), (2, 1, 7, 33, 16), (4, 2, 70, 70, 24), (1, 1, 130, 130, 64)])
 def test_flash_attention(backend, dtype, causal, heads, kv_heads, length, keys, width, randn):
     q, out = randn(2, heads, length, width).to(dtype), nans(2, heads, length, width, dtype=dtype)
     k, v = (randn(2, kv_heads, keys, width).to(dtype) for _ in range(2))
