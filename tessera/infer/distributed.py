@@ -82,7 +82,8 @@ class SPMDGeneration:
             raise InputError(f"prompt: {len(prompts)} given; expected 1..{self.batch_size} (batch_size)")
         batch = self.tokenizer.batch(prompts)
         result = self.engine.generate_detailed(
-            **batch, tokenizer=self.tokenizer, **self._options(batch["input_ids"].shape[1]))
+            batch["input_ids"], attention_mask=batch["attention_mask"], tokenizer=self.tokenizer,
+            **self._options(batch["input_ids"].shape[1]))
         assert result.texts is not None
         found = [Generated(text=text, tokens=tokens, finish_reason=reason)
                  for text, tokens, reason in zip(result.texts, result.new_tokens, result.finish_reasons)]
