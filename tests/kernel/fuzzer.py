@@ -408,7 +408,8 @@ class Maker:
         dtype = value.type.dtype
         depth = a.type.shape[-1].value(self.case.sizes)
         bound = a.bound * b.bound * depth + (acc.bound if acc else 0)
-        paired = a.dtype == b.dtype == ts.bf16  # AVX512-BF16 adds products in pairs
+        # AVX512-BF16 adds products in pairs; the f64 product of interp is torch's, which fuses nothing.
+        free = a.dtype == b.dtype == ts.bf16 or dtype == ts.f64
 
         def compute(memo: Memo) -> Approx:
             wide = dtype if dtype.is_float else ts.int64
@@ -416,7 +417,7 @@ class Maker:
             return approx.mma(left, right, acc.at(memo) if acc else None, dtype)
 
         nodes = [n for n in (a, b, acc) if n]
-        return Node(value, compute, not dtype.is_float, all(n.same for n in nodes) and not paired, bound)
+        return Node(value, compute, not dtype.is_float, all(n.same for n in nodes) and not free, bound)
 
     def cast(self) -> Node | None:
         a = self.number(lambda n: n.type.rank)
