@@ -392,8 +392,6 @@ class Builder:
                 return self.cast(a, f64), self.cast(b, f64), f64
             if left != right:
                 return self.cast(a, f32), self.cast(b, f32), f32
-            if left in (fp8_e4m3, fp8_e5m2):
-                return a, b, f32
             return a, b, f32
         raise TypeRuleError(f"mma: {left} x {right} do not mix; cast one of them", a, b)
 

@@ -22,6 +22,7 @@ from tessera.kernel import backends, frontend
 from tessera.kernel.binder import make_dispatcher, make_launcher
 from tessera.kernel.dims import Dim
 from tessera.kernel.frontend import Argument
+from tessera.kernel.frontend.calls import is_hashable
 from tessera.kernel.frontend.source import Source, source_of
 from tessera.kernel.ir import Function
 from tessera.kernel.members import Member, fix_sizes, members_of, read_widths, width_axes
@@ -328,7 +329,7 @@ class Variant:
         """Say what is wrong with a launch, or compile it."""
         check_launch(self.signature, {p.name: v for p, v in zip(self.signature.parameters, values)})
         for p, value in zip(self.signature.parameters, values):
-            if p.kind == "constant" and not _is_hashable(value):
+            if p.kind == "constant" and not is_hashable(value):
                 raise LaunchError(f"kernel {self.kernel.name}: {p.name}={value!r} cannot be a compile-time value")
         with self.kernel._lock:
             return self._table.runs.get(key) or self._table.add(key, self._compile(values))
@@ -374,14 +375,6 @@ class BoundKernel:
     def retype(self, types_: Mapping[Any, Any]) -> BoundKernel:
         """As `Kernel.retype`."""
         return BoundKernel(self.kernel.retype(types_), self.instance)
-
-
-def _is_hashable(x: Any) -> bool:
-    try:
-        hash(x)
-    except TypeError:
-        return False
-    return True
 
 
 def kernel(function: Callable[..., Any] | None = None, *, name: str | None = None,

@@ -83,7 +83,7 @@ class Calls(Expressions):
             return self._inline(function, args, kwargs, node)
         if isinstance(function, DType):
             return lang.cast(*args)
-        python = _PYTHON.get(function) if _is_hashable(function) else None
+        python = _PYTHON.get(function) if is_hashable(function) else None
         if python is not None:
             return python(*args, **kwargs)
         return self._math(function, args, kwargs)
@@ -204,7 +204,8 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _is_hashable(x: Any) -> bool:
+def is_hashable(x: Any) -> bool:
+    """Whether a value can stand in a cache's key."""
     try:
         hash(x)
     except TypeError:
