@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.types import Tile, f32
@@ -9,37 +11,58 @@ from tessera.types import Tile, f32
 
 @kernel
 def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"], v: Tile["B", "H_kv", "T", "D"],
-                           out: Tile["B", "H", "S", "D"], scale: float, causal: bool = False):
+                           out: Tile["B", "H", "S", "D"], scale: float, causal: bool = False,
+                           lse: Optional[Tile["B", "H", "S", f32]] = None, window: Optional[int] = None,  # noqa: UP045
+                           sinks: Optional[Tile["H"]] = None):  # noqa: UP045
     """out = softmax(q k^T scale) v, by blocks of keys with a running maximum (arXiv:2205.14135).
 
-    Heads come in groups of H / H_kv that share keys and values (arXiv:2305.13245).
+    Heads come in groups of H / H_kv that share keys and values (arXiv:2305.13245). A query that sees no key
+    gives zeros.
 
     Args:
         q, out: [B, H, S, D].
         k, v: [B, H_kv, T, D]; H_kv divides H.
         scale: of the scores, usually 1 / sqrt(D).
         causal: the last query sees all keys, each one before it one key less.
+        lse: [B, H, S] f32, written: the logarithm of the sum that each row was divided by; -inf where it is zero.
+        window: with causal: a query sees itself and the window - 1 keys before it; >= 1.
+        sinks: [H], a logit a head that takes its share of the softmax and has no value.
     """
     ctx = tile.context()
     rows, columns = ctx.block_m, ctx.block_n
     for batch, head, block in tile.grid(ctx.B, ctx.H, tile.cdiv(ctx.S, rows)):
         first = block * rows
+        place = first + ctx.T - ctx.S  # where the first query of the block stands among the keys
         shared = head // (ctx.H // ctx.H_kv)
         queries = tile.load(q[batch, head, first:first + rows])
         top = tile.full((rows,), -float("inf"), f32)
         total = tile.zeros((rows,), f32)
+        if sinks is not None:
+            top = tile.zeros((rows,), f32) + tile.cast(tile.load(sinks[head]), f32)
+            total = tile.full((rows,), 1.0, f32)
         result = tile.zeros((rows, ctx.D), f32)
-        for start in tile.range(0, ctx.T, columns):
-            if causal and start > first + rows - 1 + ctx.T - ctx.S:
+        begin = 0
+        if window is not None:
+            begin = tile.maximum(place - window + 1, 0) // columns * columns
+        for start in tile.range(begin, ctx.T, columns):
+            if causal and start > place + rows - 1:
                 break
             keys = tile.load(k[batch, shared, start:start + columns])
             scores = tile.mma(queries, tile.transpose(keys)) * scale
             if causal:
-                scores = tile.apply_causal_mask(scores, first + ctx.T - ctx.S, start)
+                scores = tile.apply_causal_mask(scores, place, start)
+            if window is not None:
+                ages = (tile.arange(rows) + place)[:, None] - (tile.arange(columns) + start)[None, :]
+                scores = tile.where(ages < window, scores, -float("inf"))
             new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
-            weights = tile.exp(scores - new_top[:, None])
-            shrink = tile.exp(top - new_top)
+            # A row that has seen only masked keys has -inf here, and -inf - -inf would be NaN.
+            safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
+            weights = tile.exp(scores - safe_top[:, None])
+            shrink = tile.exp(top - safe_top)
             total = total * shrink + tile.reduce_sum(weights, axis=-1)
             result = result * shrink[:, None] + tile.mma(weights, tile.load(v[batch, shared, start:start + columns]))
             top = new_top
-        tile.store(out[batch, head, first:first + rows], result / total[:, None])
+        divisor = tile.where(total == 0.0, 1.0, total)
+        tile.store(out[batch, head, first:first + rows], result / divisor[:, None])
+        if lse is not None:
+            tile.store(lse[batch, head, first:first + rows], top + tile.log(total))
