@@ -58,6 +58,9 @@ VARIABLES: dict[str, Variable] = {
         doc="Instruction set that the CPU backend generates for; host reads it from the machine."),
     "TESSERA_DIST_CHECK": Variable(
         default=False, parse=_flag, doc="Before each collective, compare what the ranks are about to do."),
+    "TESSERA_OPS": Variable(
+        default="auto", parse=_choice("auto", "reference"),
+        doc="How operations run: auto takes tile kernels where they pay, reference the plain torch expressions."),
     "TESSERA_DEBUG": Variable(default=False, parse=_flag, doc="Show tracebacks on the command line."),
 }
 

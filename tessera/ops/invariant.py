@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tessera.errors import InputError
+from tessera.errors import InputError, UnsupportedError
 from tessera.kernel import lang as tile
 from tessera.kernel.launch import kernel
 from tessera.kernel.signature import constexpr
@@ -29,20 +29,32 @@ from tessera.types import Tile, bool_, f32
 N_BLOCKS = 8
 
 _INVARIANT: contextvars.ContextVar[bool] = contextvars.ContextVar("tessera_invariant", default=False)
+_n_active = 0  # contexts that are in the mode: torch.compile can read a number, but no context variable
 
 
 def is_invariant() -> bool:
-    """Whether operations must give each row the same bits whatever stands beside it."""
+    """Whether operations must give each row the same bits whatever stands beside it.
+
+    Raises:
+        UnsupportedError: torch.compile is tracing in the mode; what it generates has other bits.
+    """
+    if torch.compiler.is_compiling():
+        if _n_active:
+            raise UnsupportedError("dist.deterministic: torch.compile given; the mode runs eager operations only")
+        return False
     return _INVARIANT.get()
 
 
 @contextlib.contextmanager
 def invariant() -> Iterator[None]:
     """Turn the mode on for the calls inside."""
+    global _n_active
     token = _INVARIANT.set(True)
+    _n_active += 1
     try:
         yield
     finally:
+        _n_active -= 1
         _INVARIANT.reset(token)
 
 
@@ -84,6 +96,7 @@ def block_products(x: Tensor, weight: Tensor, blocks: Sequence[int]) -> list[Ten
             zip(x.split(list(blocks), -1), weight.split(list(blocks), -1))]
 
 
+@torch.compiler.disable
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T in f32, [..., I] and [O, I] -> [..., O]; every element one chain, in the order of I."""
     out = _Product.apply(x.reshape(-1, x.shape[-1]), weight)
@@ -112,6 +125,7 @@ def _product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return out_MN
 
 
+@torch.compiler.disable
 def pointwise(name: str, x: Tensor, reference: Callable[[Tensor], Tensor]) -> Tensor:
     """A function of every element: "silu", "gelu", "gelu_tanh", "tanh", "cos" or "sin".
 
@@ -131,6 +145,7 @@ def pointwise(name: str, x: Tensor, reference: Callable[[Tensor], Tensor]) -> Te
     return _Recomputed.apply(run, reference, x)
 
 
+@torch.compiler.disable
 def rms_norm(x: Tensor, weight: Tensor, eps: float, reference: Callable[..., Tensor]) -> Tensor:
     """See ops.rms_norm, which is the reference (of x and weight) for the gradient."""
     def run(x: Tensor, weight: Tensor) -> Tensor:
@@ -141,6 +156,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, reference: Callable[..., Ten
     return _Recomputed.apply(run, reference, x, weight)
 
 
+@torch.compiler.disable
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, reference: Callable[..., Tensor]) -> Tensor:
     """See ops.layer_norm, which is the reference (of x, weight and bias) for the gradient."""
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -151,6 +167,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, reference: C
     return _Recomputed.apply(run, reference, x, weight, bias)
 
 
+@torch.compiler.disable
 def attention(
     q_BSHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, allowed_BST: Tensor, scale: float, softcap: float | None,
     reference: Callable[..., Tensor],

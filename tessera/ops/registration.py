@@ -1,0 +1,134 @@
+"""One operation, several ways to run it: tile kernel or plain reference, eager, autograd or torch.compile.
+
+In: an operation's schema and its functions. Out: a callable that is also registered as torch.ops.tessera.<name>,
+so that torch.compile keeps it whole and FakeTensors have its shape. Every file of `ops` that has kernels makes its
+operations here.
+
+    rms_norm_op = Operation(
+        "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+        kernel=..., reference=..., fake=lambda x, weight, eps: torch.empty_like(x),
+        save=lambda inputs, output: (inputs[0], inputs[1], inputs[2]),
+        backward=lambda saved, grad: (*rms_norm_backward_op(grad, *saved), None))
+
+An eager call that needs no gradient goes straight to the kernel: torch's dispatcher would cost 13 us, more than the
+kernel itself for the one row of a decode step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera import env
+from tessera.errors import InputError
+
+_LIBRARY = torch.library.Library("tessera", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHOICES = ("auto", "reference")
+
+_CHOICE: contextvars.ContextVar[str | None] = contextvars.ContextVar("tessera_implementation", default=None)
+
+
+@contextlib.contextmanager
+def implementation(choice: str) -> Iterator[None]:
+    """Which implementation the operations called inside take; TESSERA_OPS is the default outside.
+
+    Args:
+        choice: "auto", the tile kernels where they run and pay; "reference", the plain torch expression everywhere
+            (slower and larger, for comparison and for finding errors).
+
+    Raises:
+        InputError: another choice.
+    """
+    if choice not in _CHOICES:
+        raise InputError(f"choice: {choice!r} given; expected one of {', '.join(_CHOICES)}")
+    token = _CHOICE.set(choice)
+    try:
+        yield
+    finally:
+        _CHOICE.reset(token)
+
+
+@functools.cache
+def _default() -> str:
+    return env.get("TESSERA_OPS")
+
+
+class Operation:
+    """A function of tensors with a kernel, a reference and a gradient, registered with torch.
+
+    Args:
+        schema: in torch's syntax, "name(Tensor x, float eps) -> Tensor"; the first tensor's device and dtype decide
+            whether the kernel can run.
+        kernel: the fast way, on f32, bf16 or f16 tensors of the CPU or a GPU, any strides; no gradient is recorded
+            in it. Its results share no memory with its inputs.
+        reference: the same in plain torch, for any float dtype and device, differentiable by torch.
+        fake: results of the right shapes, dtypes and strides, without values.
+        save: (inputs, output) -> what the backward pass reads, tensors and other values.
+        backward: (saved, *gradients of the results) -> a gradient or None for each input. It computes with torch
+            and with other Operations, which torch.compile can then trace. None: the reference is run again and
+            torch differentiates it.
+    """
+
+    def __init__(
+        self, schema: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any],
+        save: Callable[[Sequence[Any], Any], tuple[Any, ...]] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = schema[:schema.index("(")]
+        self.kernel, self.reference, self.has_gradient = kernel, reference, backward is not None
+        _LIBRARY.define(schema)
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(self.name, self._run, key)
+        torch.library.register_fake(f"tessera::{self.name}", fake, lib=_LIBRARY)
+        if backward is not None:
+            assert save is not None, f"{self.name}: backward given without save"
+            torch.library.register_autograd(
+                f"tessera::{self.name}", _backward(backward), setup_context=_setup(save), lib=_LIBRARY)
+        self.registered = getattr(torch.ops.tessera, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.registered(*args) if self.has_gradient else self.reference(*args)
+        if (_CHOICE.get() or _default()) == "reference":
+            return self.reference(*args)
+        grad = torch.is_grad_enabled()
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if grad and arg.requires_grad:
+                    return self.registered(*args) if self.has_gradient else self.reference(*args)
+                if type(arg) not in _PLAIN or arg.is_meta:
+                    return self.registered(*args)
+        if torch._C._len_torch_dispatch_stack():
+            return self.registered(*args)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        for arg in args:
+            if isinstance(arg, Tensor):
+                return (self.kernel if arg.dtype in _KERNEL_DTYPES else self.reference)(*args)
+        raise InputError(f"{self.name}: no tensor given; expected at least one")
+
+
+def _setup(save: Callable[[Sequence[Any], Any], tuple[Any, ...]]) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        saved = save(inputs, output)
+        ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in saved]
+
+    return setup_context
+
+
+def _backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        tensors = iter(ctx.saved_tensors)
+        return backward([next(tensors) if other is None else other[0] for other in ctx.others], *grads)
+
+    return run
