@@ -30,7 +30,8 @@ class Target:
     """A processor: LLVM's names for it, the vectors it has, and its caches.
 
     `vector_bits` is the natural vector width, `vector_registers` how many such registers there are; `l1`, `l2`
-    (of one core) and `l3` are data cache sizes in bytes.
+    (of one core) and `l3` are data cache sizes in bytes. With `emulates_dots`, plain arithmetic stands in for the
+    dot instructions, so that tests can run the code around them anywhere.
     """
 
     triple: str
@@ -44,6 +45,7 @@ class Target:
     has_avx512: bool = False
     has_avx512bf16: bool = False
     has_vnni: bool = False
+    emulates_dots: bool = False
     l1: int = _DEFAULT_CACHES[1]
     l2: int = _DEFAULT_CACHES[2]
     l3: int = _DEFAULT_CACHES[3]
