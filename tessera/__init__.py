@@ -26,7 +26,7 @@ _PUBLIC: dict[str, str] = {
     **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange"), "tessera.dist"),
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
 }
-_SUBMODULES = ("types", "errors", "env", "kernel", "ops", "nn", "dist", "models", "data", "checkpoint", "infer", "plan")
+_SUBMODULES = ("types", "errors", "env", "kernel", "function", "ops", "nn", "dist", "models", "data", "checkpoint", "infer", "plan")
 _ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub",
             "distributed": "tessera.dist", "profile": "tessera.kernel.profile", "graph": "tessera.kernel.graph"}
 

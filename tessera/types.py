@@ -98,6 +98,7 @@ class Precision:
     accumulate: DType
 
 
+_DEVICE_TYPES = ("cpu", "cuda", "meta")  # last in Tensor[...], such a text is a device, not a dim
 _PRECISION = re.compile(r"\s*(\w+)\s*(?:@accum\(\s*(\w+)\s*\))?\s*")
 
 
@@ -134,7 +135,9 @@ class TileType(Annotation):
 
 @dataclass(frozen=True)
 class TensorType(Annotation):
-    """`Tensor["B", "S", "D", bf16]`: an argument of a shape-checked function."""
+    """`Tensor["B", "S", "D", bf16]`: an argument of a shape-checked function, on any device or on one `device` type."""
+
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,14 @@ class Tile:
 
 
 class Tensor:
-    """Annotation of a shape-checked function's argument: `Tensor["B", "S", "D"]`, dtype optional."""
+    """Annotation of a shape-checked function's argument: `Tensor["B", "S", "D", bf16, "cuda"]`; dtype and device type
+    are optional, and `Tensor` alone is any tensor."""
 
     def __class_getitem__(cls, items: Any) -> Annotation:
-        return _annotation(TensorType, items)
+        items = items if isinstance(items, tuple) else (items,)
+        device = None
+        if items and (isinstance(items[-1], torch.device) or items[-1] in _DEVICE_TYPES):
+            device = torch.device(items[-1]).type
+            items = items[:-1]
+        found = _annotation(TensorType, items)
+        return TensorType(found.dims, found.dtype, device)

@@ -20,6 +20,7 @@ LAYERS = (
     ("env", "types"),
     ("formats",),
     ("kernel",),
+    ("function",),
     ("ops",),
     ("nn", "dist"),
     ("models", "data", "checkpoint"),

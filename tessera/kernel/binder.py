@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tessera.kernel.dims import Dim, Term, split_fraction
-from tessera.kernel.signature import EMPTY, Parameter, Signature, Step, scalar_argument
+from tessera.kernel.signature import EMPTY, Parameter, Signature, scalar_argument
 from tessera.types import int4
 
 # os.environ.get costs a microsecond for its encoding; the mapping under it holds what it would return.
@@ -71,7 +71,7 @@ def source_text(signature: Signature, space: dict[str, Any]) -> str:
     lines += [line for p in tiles for line in _shape_lines(p, len(signature.dims[p.name]))]
     for step in signature.steps:
         n = _axis(step.parameter, step.axis)
-        if not _is_plain(step):
+        if not step.is_plain:
             n = f"({n} - ({code(step.rest, variables)})) * {step.times} // ({code(step.factor, variables)})"
         lines.append(f"        {variables[step.name]} = {n}")
     lines += _check_lines(signature, variables)
@@ -114,11 +114,6 @@ def code(dim: Dim, variables: Mapping[str, str]) -> str:
     return " + ".join(parts) or "0"
 
 
-def _is_plain(step: Step) -> bool:
-    """Whether a size is the axis itself."""
-    return not step.rest.terms and step.factor == Dim.of(1) and step.times == 1
-
-
 def _header(parameters: Sequence[Parameter], space: dict[str, Any]) -> list[str]:
     """Parameters with defaults; a variant that appends tensors of `self` gets every argument, and needs none."""
     if any(p.default is not EMPTY for p in parameters) and parameters[-1].default is EMPTY:
@@ -144,7 +139,7 @@ def _shape_lines(p: Parameter, rank: int) -> list[str]:
 
 
 def _check_lines(signature: Signature, variables: Mapping[str, str]) -> list[str]:
-    trivial = {(s.parameter, s.axis) for s in signature.steps if _is_plain(s)}
+    trivial = {(s.parameter, s.axis) for s in signature.steps if s.is_plain}
     checks = [f"{_axis(p.name, axis)} != {code(dim, variables)}" for p in signature.tiles
               for axis, dim in enumerate(signature.dims[p.name]) if (p.name, axis) not in trivial]
     checks += [f"{variables[base]} % {divisor}" for base, divisor in signature.divisors.items()]

@@ -62,6 +62,11 @@ class Step:
     factor: Dim
     times: int = 1
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the size is the axis itself."""
+        return not self.rest.terms and self.factor == Dim.of(1) and self.times == 1
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -221,7 +226,7 @@ def make_signature(name: str, parameters: Sequence[Parameter]) -> Signature:
                 dims[p.name] = tuple(Dim.of(d) for d in p.dims)
             except InputError as error:
                 raise CompileError(f"kernel {name}: parameter {p.name!r}: {error}") from None
-    steps = _solve(dims)
+    steps = solve(dims)
     whole = {s.name for s in steps if not s.name.isidentifier()}
     dims = {n: tuple(Dim.atom(str(d)) if str(d) in whole else d for d in shape) for n, shape in dims.items()}
     divisors = _divisors(dims.values())
@@ -249,10 +254,14 @@ def _divisors(shapes: Iterable[Sequence[Dim]]) -> dict[str, int]:
     return found
 
 
-def _solve(dims: Mapping[str, Sequence[Dim]]) -> tuple[Step, ...]:
+def solve(dims: Mapping[str, Sequence[Dim]], given: Iterable[str] = ()) -> tuple[Step, ...]:
+    """How to find the sizes: a step for each name of the dims that is not given, in an order that works.
+
+    A size none of whose names can be found is one name: its text.
+    """
     entries = [(name, axis, dim) for name, shape in dims.items() for axis, dim in enumerate(shape)]
     steps: list[Step] = []
-    known: set[str] = set()
+    known = set(given)
     for name, axis, dim in entries:  # names that stand alone, first whole, then as fractions
         if len(dim.terms) == 1 and dim.terms[0][1] == 1 and len(dim.terms[0][0]) == 1:
             atom = dim.terms[0][0][0]
