@@ -1,0 +1,91 @@
+"""Attention of one new token a row over cached keys."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from tessera import constexpr, kernel, schedule
+from tessera.kernel import lang as tile
+from tessera.types import Tile, bool_, f32, int64
+
+SPAN = 256  # keys a program; a fixed number, so that neither the batch nor the threads change the order of a sum
+
+
+@schedule(tile={"BN": 128})
+@kernel
+def decode_attention_kernel(
+    q: Tile["B", "H_kv", "G", "D"], k: Tile["B", "H_kv", "T", "D"], v: Tile["B", "H_kv", "T", "D"],
+    out: Tile["B", "H_kv", "G", "D"], parts: Tile["B", "H_kv", "P", "G", "D + 2", f32], scale: float,
+    allowed: Optional[Tile["B", "T", bool_]] = None, place: Optional[Tile["ONE", int64]] = None,  # noqa: UP045
+    window: Optional[int] = None, sinks: Optional[Tile["H_kv", "G"]] = None,  # noqa: UP045
+    softcap: constexpr = None, shared: constexpr = True,
+):
+    """out = softmax(q k^T scale) v; spans of keys are taken by different programs, then put together in order.
+
+    The G queries that share a key head are one program's, so that every key is read once. A query that sees no key
+    gives zeros.
+
+    Args:
+        q, out: [B, H_kv, G, D].
+        k, v: [B, H_kv, T, D].
+        parts: [B, H_kv, P, G, D + 2] f32 scratch, P = T / SPAN rounded up: for every span its weighted values, the
+            sum of its weights and its largest score.
+        scale: of the scores.
+        allowed: [B, T], False for keys that no query of the row sees.
+        place: [1], of the last key that is seen; what lies behind it may be anything. None: T - 1.
+        window: only this many keys, up to `place`, are seen; >= 1.
+        sinks: [H_kv, G], a logit a head that takes its share of the softmax and has no value.
+        softcap: scores become softcap * tanh(scores / softcap).
+        shared: G > 1. A single query's scores are sums over lanes; those of several are a matrix product.
+    """
+    ctx = tile.context()
+    last = ctx.T - 1
+    if place is not None:
+        last = place[0]
+    for batch, head, part in tile.grid(ctx.B, ctx.H_kv, ctx.P):
+        queries = tile.cast(tile.load(q[batch, head]), f32)
+        top = tile.full((ctx.G,), -float("inf"), f32)
+        total = tile.zeros((ctx.G,), f32)
+        result = tile.zeros((ctx.G, ctx.D), f32)
+        first = part * SPAN
+        if window is not None:
+            first = tile.maximum(first, tile.maximum(last - window + 1, 0) // ctx.block_n * ctx.block_n)
+        for start in tile.range(first, tile.minimum(part * SPAN + SPAN, last + 1), ctx.block_n):
+            at = tile.arange(ctx.block_n) + start
+            keys = tile.cast(tile.load(k[batch, head, start:start + ctx.block_n]), f32)
+            values = tile.cast(tile.load(v[batch, head, start:start + ctx.block_n]), f32)
+            if shared:
+                scores = tile.mma(queries, tile.transpose(keys)) * scale
+            else:
+                scores = tile.reduce_sum(queries[:, None, :] * keys[None, :, :], axis=-1) * scale
+            if softcap is not None:
+                scores = softcap * tile.tanh(scores / softcap)
+            if allowed is not None:
+                scores = tile.where(allowed[batch, start:start + ctx.block_n][None, :], scores, -float("inf"))
+            if place is not None:
+                scores = tile.where((at <= last)[None, :], scores, -float("inf"))
+                values = tile.where((at <= last)[:, None], values, 0.0)  # a weight of 0 times NaN would be NaN
+            if window is not None:
+                scores = tile.where((at > last - window)[None, :], scores, -float("inf"))
+            new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
+            safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
+            weights = tile.exp(scores - safe_top[:, None])
+            shrink = tile.exp(top - safe_top)
+            total = total * shrink + tile.reduce_sum(weights, axis=-1)
+            result = result * shrink[:, None] + tile.mma(weights, values)
+            top = new_top
+        tile.store(parts[batch, head, part, :, 0:ctx.D], result)
+        tile.store(parts[batch, head, part, :, ctx.D], total)
+        tile.store(parts[batch, head, part, :, ctx.D + 1], top)
+    for batch, head in tile.grid(ctx.B, ctx.H_kv):
+        tops = tile.load(parts[batch, head, :, :, ctx.D + 1])
+        best = tile.reduce_max(tops, axis=0)
+        if sinks is not None:
+            best = tile.maximum(best, tile.cast(tile.load(sinks[head]), f32))
+        best = tile.where(best == -float("inf"), 0.0, best)
+        shares = tile.exp(tops - best[None, :])
+        divisor = tile.reduce_sum(shares * tile.load(parts[batch, head, :, :, ctx.D]), axis=0)
+        if sinks is not None:
+            divisor = divisor + tile.exp(tile.cast(tile.load(sinks[head]), f32) - best)
+        mixed = tile.reduce_sum(tile.load(parts[batch, head, :, :, 0:ctx.D]) * shares[:, :, None], axis=0)
+        tile.store(out[batch, head], mixed / tile.where(divisor == 0.0, 1.0, divisor)[:, None])
