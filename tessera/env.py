@@ -61,6 +61,8 @@ VARIABLES: dict[str, Variable] = {
     "TESSERA_OPS": Variable(
         default="auto", parse=_choice("auto", "reference"),
         doc="How operations run: auto takes tile kernels where they pay, reference the plain torch expressions."),
+    "TESSERA_SHARED_MEMORY": Variable(
+        default=True, parse=_flag, doc="Ranks on one host move tensors through shared memory; 0: through sockets."),
     "TESSERA_DEBUG": Variable(default=False, parse=_flag, doc="Show tracebacks on the command line."),
 }
 

@@ -15,6 +15,7 @@ f32 and rounded once.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ def all_reduce(
     if mesh.group(axis) is None:
         return x
     if op in ("sum", "mean"):
-        total = _AllReduce.apply(x, mesh, axis, replicated)
+        has_gradient = x.requires_grad and torch.is_grad_enabled()
+        total = _AllReduce.apply(x, mesh, axis, replicated) if has_gradient else _reduce_all(x, mesh, axis)
         return total / mesh.size(axis) if op == "mean" else total
     return _reduce_all(x, mesh, axis, op)
 
@@ -148,15 +150,23 @@ def barrier(mesh: Mesh | None = None, *, axis: str | None = None) -> None:
     """Return once every rank of the line has come here."""
     mesh, axis = resolve(mesh, axis)
     if (group := mesh.group(axis)) is not None:
+        line = mesh.shared_line(axis)
         with _watching("barrier", mesh, axis, ()):
-            torch_dist.barrier(group=group)
+            if line is not None:
+                line.barrier()
+            else:
+                torch_dist.barrier(group=group)
 
 
 # What the functions above do with tensors, without gradients.
 
 def _reduce_all(x: Tensor, mesh: Mesh, axis: str, op: str = "sum") -> Tensor:
+    line = mesh.shared_line(axis)
+    if line is not None and line.reduces(x):
+        with _watching("all_reduce", mesh, axis, x.shape, x.dtype):
+            return line.all_reduce(x, op)
     if is_invariant() and op in ("sum", "mean"):
-        return tree_sum(_gather_list(x.float(), mesh, axis)).to(x.dtype)
+        return tree_sum(list(_gather_all(x.float(), mesh, axis))).to(x.dtype)
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     out = wide.contiguous().clone() if wide is x else wide.contiguous()
     with _watching("all_reduce", mesh, axis, x.shape, x.dtype):
@@ -164,19 +174,24 @@ def _reduce_all(x: Tensor, mesh: Mesh, axis: str, op: str = "sum") -> Tensor:
     return out.to(x.dtype)
 
 
-def _gather_list(x: Tensor, mesh: Mesh, axis: str) -> list[Tensor]:
-    """Every rank's x (one shape), in order."""
-    out = x.new_empty(mesh.size(axis), *x.shape)
+def _gather_all(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
+    """[ranks, *x.shape]: every rank's x (one shape), in order."""
+    line = mesh.shared_line(axis)
     with _watching("all_gather", mesh, axis, x.shape, x.dtype):
+        if line is not None and line.takes(x):
+            return line.all_gather(x)
+        out = x.new_empty(mesh.size(axis), *x.shape)
         _all_gather_single(out.view(-1), x.contiguous().view(-1), group=mesh.group(axis))
-    return list(out)
+    return out
 
 
 def _gather(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
     width = max(sizes)
     if x.shape[dim] < width:  # gloo gathers equal pieces
         x = torch.cat((x, x.new_zeros(*x.shape[:dim], width - x.shape[dim], *x.shape[dim + 1:])), dim)
-    pieces = _gather_list(x, mesh, axis)
+    pieces = _gather_all(x, mesh, axis)
+    if min(sizes) == width and math.prod(x.shape[:dim]) == 1:
+        return pieces.view(*x.shape[:dim], -1, *x.shape[dim + 1:])
     return torch.cat([piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes)], dim)
 
 
@@ -185,6 +200,12 @@ def _scatter_sum(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int
     pieces = [piece.float() if x.dtype.itemsize == 2 else piece for piece in x.split(list(sizes), dim)]
     own = pieces[mesh.get_coordinate(axis)]
     sent = torch.cat([piece.reshape(-1) for piece in pieces])
+    line = mesh.shared_line(axis)
+    if line is not None and line.reduces(sent):
+        start = sum(piece.numel() for piece in pieces[: mesh.get_coordinate(axis)])
+        with _watching("reduce_scatter", mesh, axis, x.shape, x.dtype):
+            total = line.reduce_scatter(sent, start, start + own.numel())
+        return total.view(own.shape).to(x.dtype)
     received = own.new_empty(mesh.size(axis), own.numel())
     with _watching("reduce_scatter", mesh, axis, x.shape, x.dtype):
         torch_dist.all_to_all_single(
@@ -195,17 +216,22 @@ def _scatter_sum(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int
 
 
 def _exchange(x: Tensor, mesh: Mesh, axis: str, split_dim: int, concat_dim: int) -> Tensor:
-    sent = torch.stack(x.chunk(mesh.size(axis), split_dim)).contiguous()
-    received = torch.empty_like(sent)
+    sent, line = torch.stack(x.chunk(mesh.size(axis), split_dim)).contiguous(), mesh.shared_line(axis)
     with _watching("all_to_all", mesh, axis, x.shape, x.dtype):
+        if line is not None and line.takes(sent):
+            return torch.cat(list(line.all_to_all(sent)), concat_dim)
+        received = torch.empty_like(sent)
         torch_dist.all_to_all_single(received, sent, group=mesh.group(axis))
     return torch.cat(list(received), concat_dim)
 
 
 def _rotate(x: Tensor, mesh: Mesh, axis: str, shift: int) -> Tensor:
     ranks, here, group = mesh.ranks(axis), mesh.get_coordinate(axis), mesh.group(axis)
-    sent, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    line = mesh.shared_line(axis)
     with _watching("ring_exchange", mesh, axis, x.shape, x.dtype):
+        if line is not None and line.takes(x):
+            return line.ring_exchange(x, shift % len(ranks))
+        sent, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         work = [torch_dist.isend(sent, ranks[(here + shift) % len(ranks)], group=group),
                 torch_dist.irecv(received, ranks[(here - shift) % len(ranks)], group=group)]
         for part in work:
@@ -283,8 +309,11 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, src: int) -> Tensor:
         ctx.where = mesh, axis, src
-        out = x.contiguous().clone()
+        line = mesh.shared_line(axis)
         with _watching("broadcast", mesh, axis, x.shape, x.dtype):
+            if line is not None and line.takes(x):
+                return line.broadcast(x, src)
+            out = x.contiguous().clone()
             torch_dist.broadcast(out, mesh.ranks(axis)[src], group=mesh.group(axis))
         return out
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tessera.dist import world
+from tessera.dist.shared import SharedLine
 from tessera.errors import InputError, UnsupportedError
 
 _MOST_DEVICES = 1 << 20
@@ -50,6 +51,7 @@ class Mesh:
         self._grid = np.array(ranks).reshape(self.shape)
         self.is_abstract = len(ranks) > 1 and (not world.is_initialized() if abstract is None else abstract)
         self._groups: dict[str, Any] = {}
+        self._shared: dict[str, SharedLine | None] = {}
         if self.is_abstract or not world.is_initialized():
             self._locate(rank if self.is_abstract else ranks[0])
             if self._here is None:
@@ -81,6 +83,7 @@ class Mesh:
                     group = world.new_group(line)
                     if self._rank in line:
                         self._groups[axis] = group
+                        self._shared[axis] = world.shared_line(line)
 
     def size(self, axis: str | None = None) -> int:
         """Devices along an axis, or of the whole mesh."""
@@ -129,6 +132,10 @@ class Mesh:
                                    f"(tessera launch --nproc {self.size()} script.py) and call ts.init() first")
         return self._groups[axis]
 
+    def shared_line(self, axis: str) -> SharedLine | None:
+        """The memory that this process's line of an axis shares; None where it has none."""
+        return self._shared.get(axis)
+
     def submesh(self, *axes: str) -> Mesh:
         """The part of the mesh that shares this process's coordinates on all other axes; groups are shared."""
         places = [self._place(axis) for axis in axes]
@@ -141,6 +148,7 @@ class Mesh:
         part._locate(self._rank)
         part.is_abstract = self.is_abstract
         part._groups = {axis: group for axis, group in self._groups.items() if axis in axes}
+        part._shared = {axis: line for axis, line in self._shared.items() if axis in axes}
         return part
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> Mesh:

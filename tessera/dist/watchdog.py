@@ -1,8 +1,9 @@
 """Watchdog: who is missing when a collective does not come to its end.
 
 In: a key-value store that all ranks reach, and a note of each collective as it begins. Out: errors that name
-the rank that died, left, or is in another collective; and the end of this process when a rank has died while
-it waits where no error reaches it. Called by dist.world and by every collective.
+the rank that died, left, or is in another collective; the end of waiting over shared memory for ranks that will
+not come; and the end of this process when a rank has died while it waits where no error reaches it. Called by
+dist.world and by every collective.
 
 Each rank publishes twice a second where it is. A rank on the same host is dead when its process is gone, a
 rank elsewhere when it has published nothing for `_SILENCE` seconds.
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tessera.errors import CollectiveError
 
@@ -46,6 +47,19 @@ class _Place:
         return f"{self.op} #{self.count} on axis {self.axis!r}" + (f" of {list(self.shape)}" if self.shape else "")
 
 
+class Mismatch(RuntimeError):
+    """Ranks called different collectives; the text says which."""
+
+
+class Guarded(Protocol):
+    """A line of ranks whose collectives wait until they are told to give up (dist.shared)."""
+
+    ranks: Sequence[int]
+    channel: Any
+
+    def give_up(self, call: int, reason: str) -> None: ...
+
+
 class Watchdog:
     """Publishes where this rank is and looks after the others.
 
@@ -63,6 +77,9 @@ class Watchdog:
         self._beat = 0
         self._end = ""  # why this rank left, once it has
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> (its beat, when it last changed)
+        self._known: dict[int, dict[str, Any]] = {}  # what the ranks have published, as last read
+        self._store_is_gone = False
+        self._guarded: list[tuple[Guarded, list[Any]]] = []  # a line, its call in progress and since when
         self._identity = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid())}
         self._stopping = threading.Event()
         self._publish()
@@ -73,16 +90,30 @@ class Watchdog:
     def watching(self, op: str, axis: str, shape: Sequence[int], ranks: Sequence[int]) -> Iterator[None]:
         """Around a collective: its errors come out as CollectiveError, with the rank that is to blame."""
         count = self._counts[axis, ranks] = self._counts.get((axis, ranks), 0) + 1
-        place = self._place = _Place(count, op, axis, tuple(shape), ranks)
+        self._place = _Place(count, op, axis, tuple(shape), ranks)
         try:
             yield
         except RuntimeError as error:
-            message = self._explain(place, error)
-            self._end = message
-            self._publish()
-            raise CollectiveError(message) from error
+            raise self.failure(error) from error
         finally:
             self._place = None
+
+    def failure(self, error: RuntimeError, doing: str = "", ranks: Sequence[int] = ()) -> CollectiveError:
+        """The error to raise for one of transport: it says which rank is to blame, and the others are told.
+
+        Args:
+            error: what happened.
+            doing, ranks: the collective, where it is not inside `watching` (replays of captured graphs).
+        """
+        place = self._place or _Place(op=doing, axis="(captured)", ranks=ranks)
+        message = self._end = self._explain(place, error)
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            self._publish()
+        return CollectiveError(message)
+
+    def guard(self, line: Guarded) -> None:
+        """From now on, end the waiting of a line's collectives for ranks that will not come."""
+        self._guarded.append((line, [None, 0.0]))
 
     def stop(self) -> None:
         """Tell the others that this rank is done."""
@@ -101,27 +132,32 @@ class Watchdog:
             self._store.set(f"tessera/{self.rank}", json.dumps(state))
 
     def _states(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """What the ranks have published; a rank that has not begun is missing."""
-        with self._lock:
-            known = [r for r in ranks if self._store.check([f"tessera/{r}"])]
-            texts = self._store.multi_get([f"tessera/{r}" for r in known]) if known else []
-        return {r: json.loads(text) for r, text in zip(known, texts)}
+        """What the ranks have published, as far as it can be known; a rank that has not begun is missing."""
+        try:
+            with self._lock:
+                known = [r for r in ranks if self._store.check([f"tessera/{r}"])]
+                texts = self._store.multi_get([f"tessera/{r}" for r in known]) if known else []
+            self._known.update((r, json.loads(text)) for r, text in zip(known, texts))
+        except RuntimeError:
+            self._store_is_gone = True
+        return {r: self._known[r] for r in ranks if r in self._known}
 
     def _explain(self, place: _Place, error: RuntimeError) -> str:
         """One line that says which rank is to blame, after giving its death a moment to show."""
         where = f"rank {self.rank}: {place}"
+        if isinstance(error, Mismatch):
+            return f"{where} failed: {error}"
         others = [r for r in range(self.size) if r != self.rank]
         deadline = time.monotonic() + _GRACE
-        try:
-            while True:
-                states = self._states(others)
-                dead = self._dead(states)
-                if dead:
-                    return f"{where} failed: {', '.join(dead.values())}"
-                if _is_timeout(error) or time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
-        except RuntimeError:
+        while True:
+            states = self._states(others)
+            dead = self._dead(states)
+            if dead:
+                return f"{where} failed: {', '.join(dead.values())}"
+            if _is_timeout(error) or self._store_is_gone or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        if self._store_is_gone:
             return f"{where} failed: the launcher, or rank 0 with the job's store, is gone"
         late = [_lateness(r, states.get(r), place) for r in place.ranks if r != self.rank]
         reasons = [text for text in late if text] or [str(error).splitlines()[0]]
@@ -142,21 +178,20 @@ class Watchdog:
             beat, changed = self._seen.get(rank, (-1, now))
             if state["beat"] != beat:
                 self._seen[rank] = (state["beat"], now)
-            elif now - changed > _SILENCE:
+            elif now - changed > _SILENCE and not self._store_is_gone:
                 dead[rank] = f"rank {rank} on {state['host']} has been silent for {now - changed:.0f} s{doing}"
         return dead
 
     def _watch(self) -> None:
         others = [r for r in range(self.size) if r != self.rank]
         dead_since: float | None = None
-        while not self._stopping.wait(_PERIOD):
-            try:
+        while not self._stopping.wait(self._until_next_look()):
+            with contextlib.suppress(RuntimeError):
                 self._publish()
-                states = self._states(others)
-            except RuntimeError:
-                return  # the store is gone: its host has ended, and the collectives fail by themselves
+            states = self._states(others)
             place, dead = self._place, self._dead(states)
-            if place is None or not dead:
+            self._release(place, states, dead)
+            if place is None or not dead or self._store_is_gone:
                 dead_since = None
                 self._warn(place, states)
                 continue
@@ -165,6 +200,26 @@ class Watchdog:
                 print(f"tessera: rank {self.rank} ends in {place}: {', '.join(dead.values())}",
                       file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)
+
+    def _until_next_look(self) -> float:
+        """Seconds: a period, or to the moment when this rank's collective has taken too long."""
+        place = self._place
+        left = _PERIOD if place is None else place.since + self.timeout - time.monotonic()
+        return min(_PERIOD, left + 0.01) if left > 0 else _PERIOD
+
+    def _release(self, place: _Place | None, states: dict[int, dict[str, Any]], dead: dict[int, str]) -> None:
+        """End the waiting over shared memory, where nothing breaks when a rank goes."""
+        for line, waiting in self._guarded:
+            call, now = line.channel.call_in_progress, time.monotonic()
+            if call != waiting[0]:
+                waiting[:] = call, place.since if place else now
+            if call is None:
+                continue
+            is_lost = dead and not self._store_is_gone  # without the store nobody can tell a death from an end
+            if is_lost or any(rank in dead or states.get(rank, {}).get("end") for rank in line.ranks):
+                line.give_up(call, "gave up")
+            elif now - waiting[1] >= self.timeout:
+                line.give_up(call, "timed out")
 
     def _warn(self, place: _Place | None, states: dict[int, dict[str, Any]]) -> None:
         if place is None or place.is_warned or time.monotonic() - place.since < _WARN:

@@ -11,17 +11,21 @@ import atexit
 import datetime
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 
+from tessera.dist import shared
 from tessera.dist.watchdog import Watchdog
 from tessera.errors import InputError
 
 DEFAULT_TIMEOUT = 300.0  # seconds
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _watchdog: Watchdog | None = None
+_store: Any = None
+_lines: dict[tuple[int, ...], shared.SharedLine | None] = {}
 _timeout = datetime.timedelta(seconds=DEFAULT_TIMEOUT)
 
 
@@ -36,7 +40,7 @@ def init(backend: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         InputError: the environment contradicts itself, or timeout is not positive.
         CollectiveError: the other ranks do not come.
     """
-    global _watchdog, _timeout
+    global _watchdog, _store, _timeout
     if is_initialized() or "RANK" not in os.environ:
         return
     rank, size = _environment_int("RANK"), _environment_int("WORLD_SIZE")
@@ -54,6 +58,7 @@ def init(backend: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
     # With torchrun and `tessera launch` the store lives in the launcher and outlives every rank.
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = torch_dist.TCPStore(host, port, size, is_master=is_host, timeout=_timeout, wait_for_workers=False)
+    _store = store.clone()
     _watchdog = Watchdog(store.clone(), rank, size, timeout=timeout)
     with _watchdog.watching("init", "world", (), range(size)):
         torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
@@ -66,6 +71,7 @@ def shutdown() -> None:
     if _watchdog is not None:
         _watchdog.stop()
         _watchdog = None
+        _lines.clear()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
 
@@ -90,6 +96,18 @@ def new_group(ranks: list[int]) -> Any:
     if ranks == list(range(get_world_size())):
         return torch_dist.group.WORLD
     return torch_dist.new_group(ranks, timeout=_timeout)
+
+
+def shared_line(ranks: Sequence[int]) -> shared.SharedLine | None:
+    """Memory that some ranks share, this one among them; each of them must call this. None over several hosts."""
+    line = tuple(ranks)
+    if line not in _lines:
+        if _watchdog is None:  # nobody would notice a death
+            return None
+        with _watchdog.watching("share memory", "world", (), line):
+            name = f"tessera/shared/{','.join(map(str, line))}"
+            _lines[line] = shared.attach(_store, name, line, line.index(get_rank()), _watchdog)
+    return _lines[line]
 
 
 def watchdog() -> Watchdog | None:

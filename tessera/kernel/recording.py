@@ -107,10 +107,27 @@ def _slot_names(cls: type) -> Sequence[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NativeStep:
+    """Native code that is no kernel (a collective over shared memory), where a launch has its specialisation.
+
+    `compiled` is what `backends.cpu.replay` needs of a compiled kernel; `outputs` as of a Specialisation.
+    """
+
+    name: str
+    compiled: Any
+    outputs: Sequence[int]
+    backend: str = "cpu"
+
+    def resolve(self, args: Sequence[Any], sizes: Sequence[int]) -> Any:
+        """What runs."""
+        return self.compiled
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordedLaunch:
     """One kernel launch as it was made."""
 
-    specialisation: Specialisation
+    specialisation: Specialisation | NativeStep
     args: Sequence[Any]
     sizes: Sequence[int]
 
@@ -128,7 +145,12 @@ _state = threading.local()
 
 def is_recording() -> bool:
     """Whether this thread is inside `record`."""
-    return getattr(_state, "active", False)
+    return getattr(_state, "recorded", None) is not None
+
+
+def add(step: NativeStep, args: Sequence[torch.Tensor]) -> None:
+    """Keep a step that this thread, which must be recording, has just done with these tensors."""
+    _state.recorded.launches.append(RecordedLaunch(specialisation=step, args=args, sizes=()))
 
 
 @contextmanager
@@ -159,12 +181,12 @@ def record(name: str) -> Iterator[Recorded]:
 
         return launch
 
-    _state.active = True
+    _state.recorded = recorded
     try:
         with observing(wrap), watch:
             yield recorded
     finally:
-        _state.active = False
+        _state.recorded = None
 
 
 class _Watch(TorchDispatchMode):
