@@ -75,12 +75,13 @@ class Operation:
         backward: (saved, *gradients of the results) -> a gradient or None for each input. It computes with torch
             and with other Operations, which torch.compile can then trace. None: the reference is run again and
             torch differentiates it.
+        zero_grads: whether a result without a gradient hands zeros to `backward`, or None.
     """
 
     def __init__(
         self, schema: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any],
         save: Callable[[Sequence[Any], Any], tuple[Any, ...]] | None = None,
-        backward: Callable[..., Any] | None = None,
+        backward: Callable[..., Any] | None = None, zero_grads: bool = True,
     ) -> None:
         self.name = schema[:schema.index("(")]
         self.kernel, self.reference, self.has_gradient = kernel, reference, backward is not None
@@ -91,7 +92,7 @@ class Operation:
         if backward is not None:
             assert save is not None, f"{self.name}: backward given without save"
             torch.library.register_autograd(
-                f"tessera::{self.name}", _backward(backward), setup_context=_setup(save), lib=_LIBRARY)
+                f"tessera::{self.name}", _backward(backward), setup_context=_setup(save, zero_grads), lib=_LIBRARY)
         self.registered = getattr(torch.ops.tessera, self.name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -117,8 +118,9 @@ class Operation:
         raise InputError(f"{self.name}: no tensor given; expected at least one")
 
 
-def _setup(save: Callable[[Sequence[Any], Any], tuple[Any, ...]]) -> Callable[..., None]:
+def _setup(save: Callable[[Sequence[Any], Any], tuple[Any, ...]], zero_grads: bool) -> Callable[..., None]:
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.set_materialize_grads(zero_grads)
         saved = save(inputs, output)
         ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
         ctx.others = [None if isinstance(value, Tensor) else (value,) for value in saved]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.types import Tile
@@ -20,12 +22,29 @@ def gemm_kernel(a: Tile["M", "K"], b: Tile["K", "N"], out: Tile["M", "N"]):
 
 
 @kernel
-def linear_kernel(x: Tile["M", "K"], weight: Tile["N", "K"], out: Tile["M", "N"]):
-    """out = x @ weight.T, accumulated in f32 (int32 for int8), rounded once.
+def linear_kernel(x: Tile["M", "K"], weight: Tile["N", "K"], out: Tile["M", "N"],
+                  bias: Optional[Tile["N"]] = None):  # noqa: UP045
+    """out = x @ weight.T + bias, accumulated in f32 (int32 for int8), rounded once.
 
     Args:
         x: [M, K].
         weight: [N, K], a row for each output feature.
         out: [M, N].
+        bias: [N].
     """
-    tile.store(out, tile.mma(tile.load(x), tile.transpose(tile.load(weight))))
+    result = tile.mma(tile.load(x), tile.transpose(tile.load(weight)))
+    if bias is not None:
+        result = result + tile.load(bias)
+    tile.store(out, result)
+
+
+@kernel
+def gemm_add_kernel(a: Tile["M", "K"], b: Tile["K", "N"], out: Tile["M", "N"]):
+    """out += a @ b; the product is accumulated in f32 before it is added.
+
+    Args:
+        a: [M, K].
+        b: [K, N].
+        out: [M, N], read and written.
+    """
+    tile.store(out, tile.load(out) + tile.mma(tile.load(a), tile.load(b)))
