@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,12 +27,8 @@ from tessera import env
 from tessera.dist import world
 from tessera.dist.mesh import Mesh, resolve
 from tessera.errors import CollectiveError, InputError, ShapeError
-from tessera.ops.invariant import is_invariant, tree_sum
 
-_OPS = {"sum": torch_dist.ReduceOp.SUM, "mean": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX,
-        "min": torch_dist.ReduceOp.MIN, "prod": torch_dist.ReduceOp.PRODUCT}
-# torch 2.13 renamed it.
-_all_gather_single = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
+_OPS = ("sum", "mean", "max", "min", "prod")
 
 
 def all_reduce(
@@ -149,94 +144,47 @@ def ring_exchange(x: Tensor, mesh: Mesh | None = None, *, axis: str | None = Non
 def barrier(mesh: Mesh | None = None, *, axis: str | None = None) -> None:
     """Return once every rank of the line has come here."""
     mesh, axis = resolve(mesh, axis)
-    if (group := mesh.group(axis)) is not None:
-        line = mesh.shared_line(axis)
+    if mesh.group(axis) is not None:
         with _watching("barrier", mesh, axis, ()):
-            if line is not None:
-                line.barrier()
-            else:
-                torch_dist.barrier(group=group)
+            mesh.line(axis).barrier()
 
 
 # What the functions above do with tensors, without gradients.
 
 def _reduce_all(x: Tensor, mesh: Mesh, axis: str, op: str = "sum") -> Tensor:
-    line = mesh.shared_line(axis)
-    if line is not None and line.reduces(x):
-        with _watching("all_reduce", mesh, axis, x.shape, x.dtype):
-            return line.all_reduce(x, op)
-    if is_invariant() and op in ("sum", "mean"):
-        return tree_sum(list(_gather_all(x.float(), mesh, axis))).to(x.dtype)
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    out = wide.contiguous().clone() if wide is x else wide.contiguous()
     with _watching("all_reduce", mesh, axis, x.shape, x.dtype):
-        torch_dist.all_reduce(out, _OPS[op], group=mesh.group(axis))
-    return out.to(x.dtype)
-
-
-def _gather_all(x: Tensor, mesh: Mesh, axis: str) -> Tensor:
-    """[ranks, *x.shape]: every rank's x (one shape), in order."""
-    line = mesh.shared_line(axis)
-    with _watching("all_gather", mesh, axis, x.shape, x.dtype):
-        if line is not None and line.takes(x):
-            return line.all_gather(x)
-        out = x.new_empty(mesh.size(axis), *x.shape)
-        _all_gather_single(out.view(-1), x.contiguous().view(-1), group=mesh.group(axis))
-    return out
+        return mesh.line(axis, x, sums=True).all_reduce(x, op)
 
 
 def _gather(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
     width = max(sizes)
-    if x.shape[dim] < width:  # gloo gathers equal pieces
+    if x.shape[dim] < width:  # what moves is of one size
         x = torch.cat((x, x.new_zeros(*x.shape[:dim], width - x.shape[dim], *x.shape[dim + 1:])), dim)
-    pieces = _gather_all(x, mesh, axis)
+    with _watching("all_gather", mesh, axis, x.shape, x.dtype):
+        pieces = mesh.line(axis, x).all_gather(x)
     if min(sizes) == width and math.prod(x.shape[:dim]) == 1:
         return pieces.view(*x.shape[:dim], -1, *x.shape[dim + 1:])
     return torch.cat([piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes)], dim)
 
 
 def _scatter_sum(x: Tensor, mesh: Mesh, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
-    """Each rank sums its slice of what the others send: half the traffic of all_reduce, in a fixed order."""
-    pieces = [piece.float() if x.dtype.itemsize == 2 else piece for piece in x.split(list(sizes), dim)]
-    own = pieces[mesh.get_coordinate(axis)]
+    pieces = x.split(list(sizes), dim)
     sent = torch.cat([piece.reshape(-1) for piece in pieces])
-    line = mesh.shared_line(axis)
-    if line is not None and line.reduces(sent):
-        start = sum(piece.numel() for piece in pieces[: mesh.get_coordinate(axis)])
-        with _watching("reduce_scatter", mesh, axis, x.shape, x.dtype):
-            total = line.reduce_scatter(sent, start, start + own.numel())
-        return total.view(own.shape).to(x.dtype)
-    received = own.new_empty(mesh.size(axis), own.numel())
     with _watching("reduce_scatter", mesh, axis, x.shape, x.dtype):
-        torch_dist.all_to_all_single(
-            received.view(-1), sent, [own.numel()] * mesh.size(axis), [p.numel() for p in pieces],
-            group=mesh.group(axis))
-    total = tree_sum(list(received)) if is_invariant() else received.sum(0)
-    return total.view(own.shape).to(x.dtype)
+        total = mesh.line(axis, sent, sums=True).reduce_scatter(sent, [piece.numel() for piece in pieces])
+    return total.view(pieces[mesh.get_coordinate(axis)].shape)
 
 
 def _exchange(x: Tensor, mesh: Mesh, axis: str, split_dim: int, concat_dim: int) -> Tensor:
-    sent, line = torch.stack(x.chunk(mesh.size(axis), split_dim)).contiguous(), mesh.shared_line(axis)
+    sent = torch.stack(x.chunk(mesh.size(axis), split_dim)).contiguous()
     with _watching("all_to_all", mesh, axis, x.shape, x.dtype):
-        if line is not None and line.takes(sent):
-            return torch.cat(list(line.all_to_all(sent)), concat_dim)
-        received = torch.empty_like(sent)
-        torch_dist.all_to_all_single(received, sent, group=mesh.group(axis))
+        received = mesh.line(axis, sent).all_to_all(sent)
     return torch.cat(list(received), concat_dim)
 
 
 def _rotate(x: Tensor, mesh: Mesh, axis: str, shift: int) -> Tensor:
-    ranks, here, group = mesh.ranks(axis), mesh.get_coordinate(axis), mesh.group(axis)
-    line = mesh.shared_line(axis)
     with _watching("ring_exchange", mesh, axis, x.shape, x.dtype):
-        if line is not None and line.takes(x):
-            return line.ring_exchange(x, shift % len(ranks))
-        sent, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        work = [torch_dist.isend(sent, ranks[(here + shift) % len(ranks)], group=group),
-                torch_dist.irecv(received, ranks[(here - shift) % len(ranks)], group=group)]
-        for part in work:
-            part.wait()
-    return received
+        return mesh.line(axis, x).ring_exchange(x, shift % mesh.size(axis))
 
 
 class _AllReduce(torch.autograd.Function):
@@ -309,13 +257,8 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Mesh, axis: str, src: int) -> Tensor:
         ctx.where = mesh, axis, src
-        line = mesh.shared_line(axis)
         with _watching("broadcast", mesh, axis, x.shape, x.dtype):
-            if line is not None and line.takes(x):
-                return line.broadcast(x, src)
-            out = x.contiguous().clone()
-            torch_dist.broadcast(out, mesh.ranks(axis)[src], group=mesh.group(axis))
-        return out
+            return mesh.line(axis, x).broadcast(x, src)
 
     @staticmethod
     @once_differentiable
@@ -354,8 +297,7 @@ def _compare(op: str, mesh: Mesh, axis: str, shape: Sequence[int], dtype: torch.
     told = torch.zeros(256, dtype=torch.uint8)
     data = text.encode()[:256]
     told[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    heard = told.new_empty(mesh.size(axis), 256)
-    _all_gather_single(heard.view(-1), told, group=mesh.group(axis))
+    heard = mesh.line(axis, told).all_gather(told)
     others = [bytes(row.tolist()).rstrip(b"\0").decode() for row in heard]
     different = [f"rank {rank} calls {other}" for rank, other in zip(mesh.ranks(axis), others) if other != text]
     if different:

@@ -168,9 +168,10 @@ def _main(results: Any, environment: dict[str, str], threads: int, function: Any
     except SystemExit:
         raise
     except BaseException as error:
-        text = "".join(traceback.format_exception(error)) if _wants_traceback(error) else ""
-        if text:
-            sys.stderr.write(text)
+        if isinstance(error, CollectiveError):  # this rank sees what befell another: one line says it all
+            print(f"tessera: {error}", file=sys.stderr)
+        elif not isinstance(error, KeyboardInterrupt):
+            traceback.print_exception(error)
         with contextlib.suppress(OSError):
             results.send_bytes(pickle.dumps((False, f"{type(error).__name__}: {error}")))
         _leave(1)
@@ -179,10 +180,6 @@ def _main(results: Any, environment: dict[str, str], threads: int, function: Any
     from tessera.dist import world
 
     world.shutdown()
-
-
-def _wants_traceback(error: BaseException) -> bool:
-    return not isinstance(error, (CollectiveError, KeyboardInterrupt))
 
 
 def _leave(status: int) -> None:

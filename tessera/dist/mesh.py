@@ -21,6 +21,7 @@ import torch
 
 from tessera.dist import world
 from tessera.dist.shared import SharedLine
+from tessera.dist.sockets import SocketLine
 from tessera.errors import InputError, UnsupportedError
 
 _MOST_DEVICES = 1 << 20
@@ -50,7 +51,7 @@ class Mesh:
         self.shape = _shape(self.axes, len(ranks), shape)
         self._grid = np.array(ranks).reshape(self.shape)
         self.is_abstract = len(ranks) > 1 and (not world.is_initialized() if abstract is None else abstract)
-        self._groups: dict[str, Any] = {}
+        self._sockets: dict[str, SocketLine] = {}
         self._shared: dict[str, SharedLine | None] = {}
         if self.is_abstract or not world.is_initialized():
             self._locate(rank if self.is_abstract else ranks[0])
@@ -82,7 +83,7 @@ class Mesh:
                 if len(line) > 1:
                     group = world.new_group(line)
                     if self._rank in line:
-                        self._groups[axis] = group
+                        self._sockets[axis] = SocketLine(group, line, line.index(self._rank))
                         self._shared[axis] = world.shared_line(line)
 
     def size(self, axis: str | None = None) -> int:
@@ -130,11 +131,12 @@ class Mesh:
         if self.is_abstract:
             raise UnsupportedError(f"mesh: {self} is abstract and cannot communicate; start {self.size()} processes "
                                    f"(tessera launch --nproc {self.size()} script.py) and call ts.init() first")
-        return self._groups[axis]
+        return self._sockets[axis].group
 
-    def shared_line(self, axis: str) -> SharedLine | None:
-        """The memory that this process's line of an axis shares; None where it has none."""
-        return self._shared.get(axis)
+    def line(self, axis: str, x: torch.Tensor | None = None, *, sums: bool = False) -> SharedLine | SocketLine:
+        """What moves x, and sums it, along this process's line of an axis; all of its ranks ask alike."""
+        shared = self._shared[axis]
+        return shared if shared is not None and (x is None or shared.takes(x, sums=sums)) else self._sockets[axis]
 
     def submesh(self, *axes: str) -> Mesh:
         """The part of the mesh that shares this process's coordinates on all other axes; groups are shared."""
@@ -147,7 +149,7 @@ class Mesh:
         part._grid = self._grid[tuple(index)]
         part._locate(self._rank)
         part.is_abstract = self.is_abstract
-        part._groups = {axis: group for axis, group in self._groups.items() if axis in axes}
+        part._sockets = {axis: line for axis, line in self._sockets.items() if axis in axes}
         part._shared = {axis: line for axis, line in self._shared.items() if axis in axes}
         return part
 

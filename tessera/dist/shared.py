@@ -38,7 +38,7 @@ _MAX_PLANS = 4096
 
 
 class SharedLine:
-    """The ranks of a line and the memory between them. Tensors are dense, on the CPU; `takes` says which.
+    """The ranks of a line and the memory between them.
 
     Args:
         memory: the mapped segment.
@@ -60,24 +60,20 @@ class SharedLine:
         self._failure: CollectiveError | None = None
         watchdog.guard(self)
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether x can be moved."""
-        return x.device.type == "cpu" and x.layout == torch.strided
-
-    def reduces(self, x: Tensor) -> bool:
-        """Whether x can be moved and summed."""
-        return x.dtype in _REDUCED and self.takes(x)
+    def takes(self, x: Tensor, *, sums: bool) -> bool:
+        """Whether x can be moved (and combined with others) so."""
+        return x.device.type == "cpu" and x.layout == torch.strided and (not sums or x.dtype in _REDUCED)
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
-        """The sum (max, min, prod) of the ranks' x."""
+        """The sum (max, min, prod) of the ranks' x; 16-bit types in f32, rounded once."""
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         self._move("all_reduce", x.contiguous(), out, reduce=op, low=0, high=x.numel())
         return out
 
-    def reduce_scatter(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Elements start..stop - 1 of the sum of the ranks' x, a vector."""
-        out = x.new_empty(stop - start)
-        self._move("reduce_scatter", x, out, reduce="sum", low=start, high=stop)
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """This rank's part, of sizes[here] elements, of the sum of the ranks' x, a vector."""
+        out, start = x.new_empty(sizes[self.here]), sum(sizes[: self.here])
+        self._move("reduce_scatter", x, out, reduce="sum", low=start, high=start + sizes[self.here])
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -87,7 +83,7 @@ class SharedLine:
         return out
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """[ranks, ...]: row `here` of what each rank gave, [ranks, ...]."""
+        """[ranks, ...]: row `here` of what each rank gave, [ranks, ...], dense."""
         out = torch.empty_like(x)
         row = x.numel() // len(self.ranks)
         self._move("all_to_all", x, out, low=self.here * row, high=(self.here + 1) * row)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tessera.errors import CollectiveError
+from tessera.errors import CollectiveError, TesseraError
 
 _PERIOD = 0.5  # seconds between looks
 _SILENCE = 8.0  # seconds after which a rank of another host counts as dead
@@ -93,6 +93,8 @@ class Watchdog:
         self._place = _Place(count, op, axis, tuple(shape), ranks)
         try:
             yield
+        except TesseraError:
+            raise
         except RuntimeError as error:
             raise self.failure(error) from error
         finally:

@@ -125,6 +125,105 @@ def dies(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def reduces_until_told(results: Any, environment: dict[str, str], n_floats: int) -> None:
+    """Join a job by hand and reduce without end; says "joined", then its last error and how long that took."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    ts.init(timeout=60)
+    mesh, x = ts.dist.mesh(), torch.ones(n_floats)
+    ts.dist.all_reduce(x, mesh)
+    results.send("joined")
+    try:
+        while True:
+            x = ts.dist.all_reduce(x, mesh) / mesh.size()
+    except ts.dist.CollectiveError as error:
+        results.send(str(error))
+        os._exit(3)
+
+
+def captured(seed: int) -> dict[str, Any]:
+    """A graph of kernels with an all_reduce between them: what it gives, eagerly and replayed, on two inputs."""
+    ts.init(timeout=60)
+    mesh, rank = ts.dist.mesh(), ts.dist.get_rank()
+
+    @ts.graph.capture
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
+        doubled, out = torch.empty_like(x), torch.empty_like(x)
+        double(x, doubled)
+        total = ts.dist.all_reduce(doubled, mesh)
+        double(total, out)
+        return out, ts.dist.all_gather(total, mesh)
+
+    found: dict[str, Any] = {"type": type(mesh.line("tp")).__name__, "results": []}
+    try:
+        for i in range(3):
+            out, gathered = step(inputs(seed + i, rank, (5, 7)))
+            found["results"].append((out.clone(), gathered.clone()))
+        found["kernels"] = [bucket.kernels for bucket in step.buckets]
+    except ts.errors.UnsupportedError as error:
+        found["error"] = str(error)
+        for call in (lambda: ts.dist.barrier(mesh), lambda: ts.dist.send(torch.empty(3), 1 - rank, mesh=mesh)):
+            with pytest.raises(ts.errors.UnsupportedError, match="graph <lambda>"):
+                ts.graph.capture(call)()
+    return found
+
+
+def dies_under_replay() -> None:
+    """Rank 1 is killed while the others are in a captured collective, where Python does not look on."""
+    ts.init(timeout=60)
+    mesh, rank = ts.dist.mesh(), ts.dist.get_rank()
+
+    @ts.graph.capture
+    def step(x: Tensor) -> Tensor:
+        return ts.dist.all_reduce(x, mesh)
+
+    x = torch.ones(1 << 12)
+    step(x)
+    for _ in range(20):
+        step(x)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(x)
+
+
+@ts.kernel
+def double(x: ts.Tile["N", "M", ts.f32], out: ts.Tile["N", "M", ts.f32]):
+    ts.tile.store(out, ts.tile.load(x) * 2)
+
+
+def differs(case: str) -> str:
+    """Two ranks call different things; each one's error."""
+    ts.init(timeout=60)
+    mesh, rank = ts.dist.mesh(), ts.dist.get_rank()
+    calls = {
+        "op": lambda: ts.dist.all_reduce(torch.ones(6), mesh, op="max" if rank else "sum"),
+        "shape": lambda: ts.dist.all_reduce(torch.ones(6 + rank), mesh),
+        "dtype": lambda: ts.dist.all_gather(torch.ones(6, dtype=torch.bfloat16 if rank else torch.float16), mesh),
+        "root": lambda: ts.dist.broadcast(torch.ones(6), mesh, src=rank),
+        "kind": lambda: ts.dist.barrier(mesh) if rank else ts.dist.all_reduce(torch.ones(6), mesh),
+    }
+    try:
+        calls[case]()
+    except ts.dist.CollectiveError as error:
+        with pytest.raises(ts.dist.CollectiveError):
+            ts.dist.barrier(mesh)  # what came after would not fit together
+        return str(error)
+    return ""
+
+
+def lines(without: tuple[int, ...]) -> tuple[str, list[str], Tensor]:
+    """How tensors move when some ranks will not share memory; what stands in /dev/shm meanwhile."""
+    if int(os.environ["RANK"]) in without:
+        os.environ["TESSERA_SHARED_MEMORY"] = "0"
+    ts.init(timeout=60)
+    mesh = ts.dist.mesh()
+    again = ts.dist.mesh()
+    assert again.line("tp") is mesh.line("tp") or without
+    with ts.dist.deterministic():
+        total = ts.dist.all_reduce(inputs(5, ts.dist.get_rank(), (1031,)), mesh)
+    return type(mesh.line("tp")).__name__, os.listdir("/dev/shm"), total
+
+
 def speaks() -> tuple[int, int, int]:
     ts.init()
     ts.init()  # again is harmless

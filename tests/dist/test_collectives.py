@@ -1,4 +1,5 @@
-"""Collectives on real gloo processes, against sums and concatenations of all ranks' tensors in one process."""
+"""Collectives on real processes, through shared memory and through sockets, against sums and concatenations of all
+ranks' tensors in one process."""
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "seed"), [(2, 5), (4, 6)])
-def test_collectives_and_gradients(n, seed):
+@pytest.mark.parametrize(("n", "seed", "shared"), [(2, 5, True), (2, 7, False), (4, 6, True), (4, 8, False)])
+def test_collectives_and_gradients(n, seed, shared, monkeypatch):
+    monkeypatch.setenv("TESSERA_SHARED_MEMORY", str(int(shared)))
     results = ts.dist.spawn(ranks.collectives, n, seed)
     xs = [ranks.inputs(seed, r, (4 * n, 3, 5)).double().requires_grad_() for r in range(n)]
     for name, reference in REFERENCES.items():
@@ -55,7 +57,9 @@ def test_collectives_and_gradients(n, seed):
             assert torch.equal(result["recv"], xs[r - 1][:2].detach().bfloat16())
 
 
-def test_axes_of_a_grid():
+@pytest.mark.parametrize("shared", ["0", "1"])
+def test_axes_of_a_grid(shared, monkeypatch):
+    monkeypatch.setenv("TESSERA_SHARED_MEMORY", shared)
     results = ts.dist.spawn(ranks.grid, 4, 9)
     xs = [ranks.inputs(9, r, (7, 3)) for r in range(4)]
     for r, result in enumerate(results):
@@ -69,7 +73,9 @@ def test_axes_of_a_grid():
             close(result["pair"], xs[1] + xs[3])
 
 
-def test_a_rank_that_does_not_come_is_named():
+@pytest.mark.parametrize("shared", ["0", "1"])
+def test_a_rank_that_does_not_come_is_named(shared, monkeypatch):
+    monkeypatch.setenv("TESSERA_SHARED_MEMORY", shared)
     errors = ts.dist.spawn(ranks.mismatch, 2, "sleeps")
     assert "rank 0: all_reduce #1 on axis 'tp' of [2, 5] failed after 2 s: rank 1 is missing" in errors[0]
 
