@@ -18,17 +18,24 @@ _TYPES = (
 _PUBLIC: dict[str, str] = {
     **dict.fromkeys(_TYPES, "tessera.types"),
     **dict.fromkeys(("TesseraError", "InputError", "ShapeError", "CompileError", "LaunchError"), "tessera.errors"),
+    "NumericalError": "tessera.errors",
     "GPTConfig": "tessera.models.config", "RopeScaling": "tessera.ops.rotary", "GPTModel": "tessera.models.gpt",
     "KVCache": "tessera.nn.kv_cache",
     **dict.fromkeys(("Kernel", "constexpr", "schedule"), "tessera.kernel"),
     "autotune": "tessera.kernel.tune",
+    **dict.fromkeys(("jit", "fused"), "tessera.function.compiling"), "memory_efficient": "tessera.function.recompute",
+    "checkpoint_region": "tessera.function.region", "precision": "tessera.function.precision",
+    "numerically_stable": "tessera.function.stability", "module": "tessera.function.module",
     "load_model": "tessera.models.load", "save_model": "tessera.models.save",
     **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange"), "tessera.dist"),
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
 }
-_SUBMODULES = ("types", "errors", "env", "kernel", "function", "ops", "nn", "dist", "models", "data", "checkpoint", "infer", "plan")
+_SUBMODULES = (
+    "types", "errors", "env", "kernel", "function", "ops", "nn", "dist", "models", "data", "checkpoint", "infer",
+    "plan")
 _ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub",
-            "distributed": "tessera.dist", "profile": "tessera.kernel.profile", "graph": "tessera.kernel.graph"}
+            "distributed": "tessera.dist", "profile": "tessera.kernel.profile", "graph": "tessera.kernel.graph",
+            "stable": "tessera.function.stable"}
 
 __all__ = sorted([*_PUBLIC, *_SUBMODULES, *_ALIASES])
 

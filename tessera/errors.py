@@ -46,5 +46,9 @@ class LaunchError(InputError):
     """A kernel was launched with tensors that do not fit its signature."""
 
 
+class NumericalError(TesseraError, ArithmeticError):
+    """A function that promises finite results of finite numbers overflowed; the message names it and the result."""
+
+
 class CollectiveError(TesseraError):
     """A collective failed: a rank died, is missing, or called another one; the message names it."""

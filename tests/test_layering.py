@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tessera"
 # From the bottom up; names on one line are siblings, which do not import each other.
 LAYERS = (
     ("errors",),
-    ("env", "types"),
+    ("env", "types", "callable"),
     ("formats",),
     ("kernel",),
     ("function",),

@@ -66,6 +66,26 @@ def decorate(function: Any, transform: Transform | None) -> Any:
     return checked
 
 
+def decorate_class(cls: type, transform: Transform, name: str) -> type:
+    """A class with `transform` applied, in place, to `forward`, or else to each of its methods that is checked.
+
+    Args:
+        name: of the decorator, for the error.
+
+    Raises:
+        InputError: it has neither.
+    """
+    methods = vars(cls)
+    chosen = [n for n, m in methods.items() if signature_of(getattr(m, "__func__", m)) is not None]
+    if "forward" in methods:
+        chosen = ["forward"]
+    if not chosen:
+        raise InputError(f"{name}: class {cls.__name__} has no method `forward` and none that is a ts.function")
+    for method in chosen:
+        setattr(cls, method, decorate(methods[method], transform))
+    return cls
+
+
 def signature_of(function: Any) -> Signature | None:
     """The signature of what `function` made; None of anything else."""
     return getattr(function, "__tessera_signature__", None)

@@ -155,7 +155,8 @@ def _leaf(path: str, spec: TensorSpec, value: Any) -> _Leaf:
     rank, dtype = len(spec.dims), spec.annotation.dtype
     if len(shape) < rank if spec.ellipsis is not None else len(shape) != rank:
         least = "at least " if spec.ellipsis is not None else ""
-        raise _Misfit(f"{path} has {len(shape)} axes, {list(shape)}; expected {least}{rank}: {spec}")
+        raise _Misfit(f"{path} has {len(shape)} ax{'i' if len(shape) == 1 else 'e'}s, {list(shape)}; expected "
+                      f"{least}{rank}: {spec}")
     if dtype is not None and value.dtype is not dtype.torch:
         raise _Misfit(f"{path} is {value.dtype}; expected {dtype.torch}: {spec}")
     if spec.annotation.device is not None and value.device.type != spec.annotation.device:

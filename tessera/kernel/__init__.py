@@ -7,10 +7,7 @@ same: every kernel is one launch). Inside: `lang` (the builtins, `from tessera i
 
 from __future__ import annotations
 
-import sys
-import types
-from typing import Any
-
+from tessera.callable import make_callable
 from tessera.kernel import lang as tile
 from tessera.kernel.launch import Kernel
 from tessera.kernel.launch import kernel as _kernel
@@ -19,15 +16,6 @@ from tessera.kernel.signature import constexpr
 
 fused = _kernel
 
-
-class _CallableModule(types.ModuleType):
-    """`tessera.kernel` is both the package and the decorator: importing a submodule binds the package to the
-    name `kernel` of `tessera`, so the package has to be what `@ts.kernel` calls."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _kernel(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+make_callable(__name__, _kernel)
 
 __all__ = ["Kernel", "constexpr", "fused", "schedule", "tile"]
