@@ -72,6 +72,7 @@ class Context:
         self.scalars: dict[str, Val] = {}
         self.sizes: dict[str, Val] = {}
         self.materialize: set[str] = set()
+        self.rows_ahead = 0  # how far ahead loads across rows ask for memory
         self.joined: set[str] = set()  # concatenations that their store computes
         self.destinations: dict[str, Memory] = {}  # where a matmul is told to put its result
         self._known: list[dict[tuple, Val]] = [{}]
@@ -100,6 +101,8 @@ class Context:
             return slot + 1
         rank = value.type.rank
         strides = [self._slot(slot + 1 + axis, I64) for axis in range(rank)]
+        if value.type.dtype.name == "int4":  # torch counts bytes; only the last axis is packed
+            strides[:-1] = [self.b.mul(stride, 2) for stride in strides[:-1]]
         if rank and param.unit_stride:
             strides[-1] = emit.const(1, I64)
         self.memory[value.name] = Memory(self._slot(slot, PTR), tuple(strides), value.type.dtype)
@@ -228,6 +231,15 @@ class Context:
             yield
         finally:
             self._known.pop()
+
+    @contextmanager
+    def reading_ahead(self, rows: int) -> Iterator[None]:
+        """Loads across rows also ask for the memory of the rows that come so many rows later."""
+        self.rows_ahead = rows
+        try:
+            yield
+        finally:
+            self.rows_ahead = 0
 
     @contextmanager
     def prologue(self) -> Iterator[None]:

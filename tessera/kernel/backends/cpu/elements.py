@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from tessera.errors import UnsupportedError
 from tessera.kernel.backends.cpu import emit, vmath
+from tessera.kernel.backends.cpu.columns import load_across, merge_index, split_index
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
 from tessera.kernel.backends.cpu.storage import from_storage, load_first, round_to, store_first, to_storage
@@ -77,7 +78,7 @@ def produce(ctx: Context, value: Value, point: Point) -> Val:
         return _iota(ctx, op, point)
     if name == "gather":
         return _gather(ctx, op, point)
-    if name == "reshape" and point.axis is not None and point.axis < op.result.type.rank - lazy_reshape_suffix(op):
+    if name == "reshape" and point.axis is not None and point.axis in _renumbered(op):
         return _lane_by_lane(ctx, value, point)
     operands = [element(ctx, operand, at) for operand, at in operand_points(ctx, op, point)]
     if name in ("broadcast", "transpose", "reshape", "slice", "full"):
@@ -153,29 +154,38 @@ def lazy_reshape_suffix(op: Op) -> int:
     return suffix
 
 
+def _renumbered(op: Op) -> range:
+    """The axes of a reshape's result that are neither among the leading nor among the trailing dims it keeps."""
+    a, b = op.operands[0].type.shape, op.result.type.shape
+    end = len(b) - lazy_reshape_suffix(op)
+    prefix = 0
+    while prefix < min(end, len(a) - len(b) + end) and a[prefix] == b[prefix]:
+        prefix += 1
+    return range(prefix, end)
+
+
 def _through_reshape(ctx: Context, op: Op, point: Point) -> Point:
-    """The leading dims are renumbered through their row-major position; the kept ones pass."""
-    b, keep = ctx.b, lazy_reshape_suffix(op)
+    """The dims that change are renumbered through their row-major position; the kept ones pass."""
     source, result = op.operands[0].type, op.result.type
-    lead_out, lead_in = result.rank - keep, source.rank - keep
+    middle = _renumbered(op)
+    shift = source.rank - result.rank
     position = emit.const(0, I64)
-    for index, dim in zip(point.indices[:lead_out], result.shape[:lead_out]):
-        if index is ANY:
+    for axis in middle:
+        if point.indices[axis] is ANY:
             position = ANY
             break
-        position = b.add(b.mul(position, ctx.size(dim)), index)
+        position = merge_index(ctx, position, ctx.size(result.shape[axis]), point.indices[axis])
     indices: list[Val] = []
-    for dim in reversed(source.shape[1:lead_in]):
+    for dim in reversed(source.shape[middle.start + 1:middle.stop + shift]):
         if position is ANY:
             indices.insert(0, ANY)
             continue
-        size = ctx.size(dim)
-        indices.insert(0, b.urem(position, size) if size.const != 1 else emit.const(0, I64))
-        position = b.udiv(position, size) if size.const != 1 else position
-    if lead_in:
+        position, rest = split_index(ctx, position, ctx.size(dim))
+        indices.insert(0, rest)
+    if middle.stop + shift > middle.start:
         indices.insert(0, position)
-    axis = None if point.axis is None or point.axis < lead_out else point.axis - lead_out + lead_in
-    return point.pick([*indices, *point.indices[lead_out:]], axis)
+    axis = point.axis if point.axis is None or point.axis < middle.start else point.axis + shift
+    return point.pick([*point.indices[:middle.start], *indices, *point.indices[middle.stop:]], axis)
 
 
 def hoist(ctx: Context, value: Value, point: Point) -> None:
@@ -197,6 +207,10 @@ def hoist(ctx: Context, value: Value, point: Point) -> None:
 def load(ctx: Context, memory: Memory, point: Point) -> Val:
     """Elements of memory as registers (low-precision floats become f32, small ints i32)."""
     b, dtype, axis = ctx.b, memory.dtype, point.axis
+    if axis is not None and memory.strides[axis].const not in (0, 1):
+        across = load_across(ctx, memory, point.indices, axis, point.lanes, point.mask)
+        if across is not None:
+            return across
     if dtype == int4:
         return _load_int4(ctx, memory, point)
     ty = storage_type(dtype)

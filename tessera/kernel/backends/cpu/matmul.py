@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tessera.kernel.backends.cpu import emit, mma
+from tessera.kernel import ir
+from tessera.kernel.backends.cpu import emit, mma, skinny
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory, register_type
 from tessera.kernel.backends.cpu.elements import Point, element, store
 from tessera.kernel.backends.cpu.emit import F32, Val
 from tessera.kernel.backends.cpu.loops import each, sweep, vector_lanes, write
+from tessera.kernel.backends.cpu.mma_dot import dot_unit
 from tessera.kernel.backends.cpu.mma_pack import Source, strided
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import ELEMENTWISE, Op, Value
@@ -46,18 +48,38 @@ def _blocked(ctx: Context, op: Op, memory: Memory) -> None:
     type_ = op.result.type
     m, n, k = ctx.size(type_.extent(type_.rank - 2)), ctx.size(type_.extent(type_.rank - 1)), inner_extent(ctx, op)
     scratch = ctx.scratch(_scratch_bytes(ctx, type_.shape[-2]))
+    dot = dot_unit(op.operands[0].type.dtype, op.operands[1].type.dtype, ctx.target)
+    few = ctx.scratch(skinny.scratch_bytes()) if dot is not None and _may_be_skinny(ctx, op) else None
 
     def nest(batch: tuple[Val, ...]) -> None:
         if len(batch) < type_.rank - 2:
             with each(ctx, ctx.size(type_.extent(len(batch)))) as index:
                 nest((*batch, index))
             return
+        if few is None or dot is None:
+            blocked(batch)
+            return
+        with ctx.b.if_(ctx.b.and_(ctx.b.cmp("le", m, skinny.ROWS), ctx.b.cmp("gt", k, 0))) as branch, ctx.scope():
+            skinny.multiply(ctx, skinny.Product(
+                a=op.operands[0], w=op.operands[1], dot=dot, batch=batch, m=m, n=n, k=k,
+                c=memory.address(ctx.b, (*batch, ZERO, ZERO)), ldc=memory.strides[-2],
+                accumulate=len(op.operands) == 3, most_rows=type_.shape[-2].const or skinny.ROWS), few)
+        with branch.else_(), ctx.scope():
+            blocked(batch)
+
+    def blocked(batch: tuple[Val, ...]) -> None:
         a = _source(ctx, op.operands[0], batch, lanes_axis=0)
         w = _source(ctx, op.operands[1], batch if op.operands[1].type.rank > 2 else (), lanes_axis=1)
         mma.matmul(ctx.b, ctx.target, m=m, n=n, k=k, a=a, w=w, c=memory.address(ctx.b, (*batch, ZERO, ZERO)),
                    ldc=memory.strides[-2], scratch=scratch, accumulate=len(op.operands) == 3)
 
     nest(())
+
+
+def _may_be_skinny(ctx: Context, op: Op) -> bool:
+    """Whether a product reads weights that a few rows may share: not one of a loop, whose blocks are packed anyway."""
+    return not any(inner is op for loop in ir.walk(ctx.function.body) if loop.name in ("for", "while")
+                   for region in loop.regions for inner in ir.walk(region))
 
 
 def _scratch_bytes(ctx: Context, rows: Dim) -> Dim:

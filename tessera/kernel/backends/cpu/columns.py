@@ -1,0 +1,163 @@
+"""Vectors across rows of memory: runs of a row are loaded whole and transposed in registers.
+
+A vector of weights [N, K] for neighbouring n and one k would be a gather. Where a loop walks along k in blocks, it
+indexes with `step`: a position whose place in its block is known while the code is generated. A load at such an index
+then reads 16 bytes of each row, transposes them as 32-bit units, and hands out one k after the other: about one
+shuffle for each vector of f32, a quarter of one for int8, an eighth for 4-bit elements.
+
+In: memory and indices, from `elements.load` and reshapes. Out: registers. The loops are in `skinny.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tessera.kernel.backends.cpu import emit
+from tessera.kernel.backends.cpu.context import Context, Memory, storage_type
+from tessera.kernel.backends.cpu.emit import I8, I32, I64, Builder, Val
+from tessera.kernel.backends.cpu.storage import from_storage
+from tessera.types import int4
+
+LINE = 64  # bytes of a cache line
+UNITS = 4  # 32-bit units in a run: 16 bytes, which the lanes of every processor hold whole
+
+
+class Step(Val):
+    """The index root * factor + offset, root being the number of a block of a loop."""
+
+    __slots__ = ("factor", "offset", "root")
+
+    def __init__(self, value: Val, root: Val, factor: int, offset: int) -> None:
+        super().__init__(value.name, value.ty, value.const)
+        self.root, self.factor, self.offset = root, factor, offset
+
+
+def step(ctx: Context, root: Val, factor: int, offset: int) -> Val:
+    """root * factor + offset; equal indices of a scope have equal names."""
+    if not factor:
+        return emit.const(offset, I64)
+    key = ("step", root.name, factor, offset)
+    known = ctx.lookup(key)
+    if known is None:
+        known = Step(ctx.b.add(ctx.b.mul(root, factor), offset), root, factor, offset)
+        ctx.remember(key, known)
+    return known
+
+
+def merge_index(ctx: Context, position: Val, size: Val, index: Val) -> Val:
+    """position * size + index, where possible as a step."""
+    if position.const == 0:
+        return index
+    if isinstance(position, Step) and size.const is not None and index.const is not None:
+        return step(ctx, position.root, position.factor * size.const, position.offset * size.const + index.const)
+    return ctx.b.add(ctx.b.mul(position, size), index)
+
+
+def split_index(ctx: Context, position: Val, size: Val) -> tuple[Val, Val]:
+    """(position // size, position % size) of a position that is not negative, where possible as steps."""
+    if size.const == 1:
+        return position, emit.const(0, I64)
+    if isinstance(position, Step) and size.const and position.factor % size.const == 0:
+        quotient, rest = divmod(position.offset, size.const)
+        # The rest is a step as well: of the one block 0, as long as the dim.
+        return (step(ctx, position.root, position.factor // size.const, quotient),
+                step(ctx, emit.const(0, I64), size.const, rest))
+    return ctx.b.udiv(position, size), ctx.b.urem(position, size)
+
+
+def run_elements(memory: Memory) -> int:
+    """How many elements lie in a run."""
+    return UNITS * 32 // memory.dtype.bits if memory.dtype.bits < 64 and memory.dtype.name != "bool" else 0
+
+
+def load_across(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int, lanes: int,
+                mask: Val | None) -> Val | None:
+    """Elements of `lanes` neighbouring rows along `axis`, as registers; None where rows are not read along a step.
+
+    Args:
+        mask: selects the first rows; others are not read.
+    """
+    size = run_elements(memory)
+    run = next((i for i, (index, stride) in enumerate(zip(indices, memory.strides))
+                if i != axis and stride.const == 1 and isinstance(index, Step)), None)
+    if run is None or not size or lanes % UNITS:
+        return None
+    at = indices[run]
+    assert isinstance(at, Step)
+    if at.factor % size:
+        return None
+    offset = at.offset % size
+    start = list(indices)
+    start[run] = step(ctx, at.root, at.factor, at.offset - offset)
+    key = ("run", memory.pointer.name, *(i.name for i in start), axis, lanes, mask and mask.name)
+    if ctx.lookup((*key, 0)) is None:
+        starts_line = (at.offset - offset) * memory.dtype.bits // 8 % LINE == 0
+        for number, unit in enumerate(_units(ctx, memory, start, axis, lanes, mask, starts_line)):
+            ctx.remember((*key, number), unit)
+    unit = ctx.lookup((*key, offset * UNITS // size))
+    assert unit is not None
+    return _element(ctx.b, unit, memory, offset % (size // UNITS))
+
+
+def _units(ctx: Context, memory: Memory, start: Sequence[Val], axis: int, lanes: int, mask: Val | None,
+           starts_line: bool) -> list[Val]:
+    """Runs of `lanes` rows as UNITS vectors of i32: vector u has unit u of each row."""
+    b = ctx.b
+    first = _address(ctx, memory, start)
+    rows = []
+    for lane in range(lanes):
+        row: Val = emit.const(lane, I64)
+        if mask is not None and lane:
+            row = b.select(b.extract(mask, lane), row, 0)
+        distance = b.mul(row, memory.strides[axis])
+        if ctx.rows_ahead and starts_line:
+            ahead = b.mul(b.add(row, ctx.rows_ahead), memory.strides[axis])
+            b.prefetch(_behind(b, first, ahead, memory), locality=2)
+        rows.append(b.load(_behind(b, first, distance, memory), emit.vec(UNITS, I32), align=1))
+    quarter = lanes // UNITS
+    # Part p of the vector i is row 4p + i, so that transposing inside the parts puts rows in order.
+    return transpose_parts(b, [b.concat([rows[UNITS * p + i] for p in range(quarter)]) for i in range(UNITS)])
+
+
+def transpose_parts(b: Builder, rows: Sequence[Val]) -> list[Val]:
+    """Transpose 4 vectors of 32-bit lanes as 4 x 4 matrices, one in each 128-bit part; a step is one instruction."""
+    n = emit.lanes(rows[0].ty)
+    parts = range(0, n, UNITS)
+
+    def interleave(x: Val, y: Val, offset: int) -> Val:
+        return b.shuffle(x, y, [i for q in parts for j in (0, 1) for i in (q + offset + j, n + q + offset + j)])
+
+    def join(x: Val, y: Val, offset: int) -> Val:
+        return b.shuffle(x, y, [i for q in parts for i in (q + offset, q + offset + 1,
+                                                           n + q + offset, n + q + offset + 1)])
+
+    low = [interleave(rows[i], rows[i + 1], 0) for i in (0, 2)]
+    high = [interleave(rows[i], rows[i + 1], 2) for i in (0, 2)]
+    return [join(*low, 0), join(*low, 2), join(*high, 0), join(*high, 2)]
+
+
+def _address(ctx: Context, memory: Memory, indices: Sequence[Val]) -> Val:
+    """The address of an element that starts a byte."""
+    if memory.dtype != int4:
+        return memory.address(ctx.b, indices)
+    offset = memory.offset
+    for index, stride in zip(indices, memory.strides):
+        offset = ctx.b.add(offset, ctx.b.mul(index, stride))
+    return ctx.b.gep(memory.pointer, ctx.b.lshr(offset, 1), I8)
+
+
+def _behind(b: Builder, pointer: Val, distance: Val, memory: Memory) -> Val:
+    if memory.dtype == int4:
+        return b.gep(pointer, b.lshr(distance, 1), I8)
+    return b.gep(pointer, distance, storage_type(memory.dtype))
+
+
+def _element(b: Builder, unit: Val, memory: Memory, place: int) -> Val:
+    """The register value of the element that stands at a place of each 32-bit unit."""
+    bits, n = memory.dtype.bits, emit.lanes(unit.ty)
+    if memory.dtype == int4:
+        return b.ashr(b.shl(unit, 28 - 4 * place), 28)
+    if bits == 32:
+        return b.bitcast(unit, emit.vec(n, storage_type(memory.dtype)))
+    raw = b.cast("trunc", b.lshr(unit, bits * place) if place else unit, f"i{bits}")
+    return from_storage(b, b.bitcast(raw, emit.vec(n, storage_type(memory.dtype))), memory.dtype)
