@@ -1,7 +1,7 @@
 """The commands, their options, and what becomes of errors.
 
-In: arguments. Out: an exit code: 0; 2 after an error; 130 after Ctrl-C; 1 when the reader of our output has
-gone. Each command's work is done by the module of its name. Called by cli.main.
+In: arguments. Out: an exit code: 0; 1 when `check` finds an error, or when the reader of our output has gone; 2 after
+an error; 130 after Ctrl-C. Each command's work is done by the module of its name. Called by cli.main.
 """
 
 from __future__ import annotations
@@ -170,6 +170,20 @@ def plan(
         model=model, machine=machine, devices=devices, inference=inference, batch=batch, seq_len=seq_len,
         new_tokens=new_tokens, matmul_dtype=matmul_dtype, tp=tp, pp=pp, dp=dp, virtual_stages=virtual_stages,
         micro_batch=micro_batch, recompute=recompute, zero=zero, top=top), as_json=json)
+
+
+@app.command()
+def check(
+    targets: Annotated[list[str], typer.Argument(metavar="FILE|MODULE...", help="Python files, modules or packages.")],
+    json: Json = False, debug: Debug = False,
+) -> int:
+    """Check the shapes in every ts.function and ts.kernel, without data; exit code 1 when there is an error.
+
+    The code is imported, and functions run on tensors without data: check what you would run.
+    """
+    from tessera.cli import check as command
+
+    return command.run(targets, as_json=json)
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})

@@ -67,8 +67,8 @@ def _compiled(body: Callable[..., Any], decorator: str, *, dynamic: bool | None 
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal compiled
-        if torch.compiler.is_compiling():
-            return body(*args, **kwargs)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return body(*args, **kwargs)  # a mode that looks on (FakeTensors, a checkpoint_region) sees no graph
         if compiled is None:
             backend = _backend(f"ts.{decorator}: {body.__qualname__}")
             compiled = torch.compile(body, backend=backend, dynamic=dynamic, fullgraph=one_graph)

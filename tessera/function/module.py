@@ -6,6 +6,7 @@ tensors are checked.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -44,13 +45,14 @@ def module(cls: Any) -> Any:
 
 def _joined(cls: type) -> type:
     """A subclass of the class and nn.Module, in the class's place."""
+    given = cls.__init__ if "__init__" in vars(cls) else None
 
-    def create(subclass: type, *args: Any, **kwargs: Any) -> Any:
-        instance = object.__new__(subclass)
-        nn.Module.__init__(instance)
-        return instance
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        if given is not None:
+            given(self, *args, **kwargs)
 
-    space = {"__new__": create, "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    if "__init__" not in vars(cls):
-        space["__init__"] = lambda self: None
-    return type(cls.__name__, (cls, nn.Module), space)
+    if given is not None:
+        functools.update_wrapper(initialize, given)
+    return type(cls.__name__, (cls, nn.Module), {
+        "__init__": initialize, "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__})

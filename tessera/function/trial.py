@@ -1,0 +1,335 @@
+"""Runs a checked function without data: FakeTensors, whose sizes are prime numbers, one for each name.
+
+In: a `ts.function` and, for a method, its class. Out: None, or the exception of the run with the sizes that led to it.
+Distinct primes make every mixture of dims a mismatch, and let a number in an error be read as names again: 35 is B*S.
+What only fits special sizes (a head count that divides a width), and tensors of indices without an annotated dtype,
+are found by trying: a function is right when some choice of those runs. Called by `checker`.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import inspect
+import itertools
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tessera.errors import CompileError, ShapeError
+from tessera.function.annotations import (
+    MappingSpec,
+    Parameter,
+    SequenceSpec,
+    Signature,
+    TensorSpec,
+    TupleSpec,
+    UnionSpec,
+    tensor_specs,
+)
+from tessera.kernel.dims import split_fraction
+from tessera.kernel.frontend.source import source_of
+from tessera.types import DTYPES, DType, f32, int4
+
+_PRIMES = [p for p in range(5, 400) if all(p % k for k in range(2, p))]
+_MOST_CHOICES = 64  # of dtypes, and of sizes
+_ABOUT_DTYPES = re.compile(
+    r"scalar type|dtype|indices|Long|not implemented for|floating point|integer|Float|Double|Bool", re.IGNORECASE)
+_ABOUT_FACTORS = re.compile(r"shape '?\[|invalid for input of size|divisible|divide|split|chunk", re.IGNORECASE)
+
+
+class NoValue(Exception):
+    """An argument for which no value can be made up; the text says which."""
+
+
+@dataclass
+class Sizes:
+    """Numbers for names: dims, and int arguments of the function or of its class's constructor."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+    factor: int = 1  # of every dim
+    plain_int: int | None = None  # for ints that are no dims; None: a prime of their own
+
+    def of(self, name: str) -> int:
+        """The size of a name, a new prime at the first use."""
+        if name not in self.numbers:
+            self.numbers[name] = _PRIMES[len(self.numbers)] * self.factor
+        return self.numbers[name]
+
+    def describe(self, number: int) -> str:
+        """A number in names, where it can be read so: 35 is B*S."""
+        if number < min(_PRIMES):
+            return str(number)
+        for name, size in self.numbers.items():
+            if size == number:
+                return name
+        for name, size in self.numbers.items():
+            if number % size == 0 and number // size < 5:
+                return f"{number // size}*{name}"
+            if size % number == 0 and 1 < size // number < 5:
+                return f"{name}/{size // number}"
+        for (a, left), (b, right) in itertools.combinations_with_replacement(self.numbers.items(), 2):
+            if left * right == number:
+                return f"{a}*{b}"
+        return str(number)
+
+    def translate(self, text: str) -> str:
+        """An error's text with its numbers in names."""
+        spaced = re.sub(r"(\d)x(?=\d)", r"\1 x ", text)
+        named = re.sub(r"(?<![\w.])\d+(?![\w.]*[.\w]\d)", lambda m: self.describe(int(m[0])), spaced)
+        return re.sub(r"\b(\w+)=\1\b", r"\1", named)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed: the exception, the sizes, and whether an argument that is no tensor had to be made up."""
+
+    error: BaseException
+    sizes: Sizes
+    invented: bool
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """Which arguments are given: the member of each union, and the flags that are not at their default."""
+
+    members: Mapping[str, int]
+    flags: Mapping[str, bool]
+
+
+def try_function(function: Callable[..., Any], signature: Signature, owner: type | None) -> Failure | None:
+    """Run a function in each of its variants; the first that fails.
+
+    Raises:
+        NoValue: an argument cannot be made up.
+    """
+    for variant in _variants(signature):
+        failure = _try_variant(function, signature, owner, variant)
+        if failure is not None:
+            return failure
+    return None
+
+
+def _variants(signature: Signature) -> list[_Variant]:
+    """Unions at their last member (None where there is one), then every other member and flag by itself."""
+    unions = {p.name: p.spec.members for p in signature.parameters if isinstance(p.spec, UnionSpec)}
+    base = {name: members.index(None) if None in members else 0 for name, members in unions.items()}
+    variants = [_Variant(base, {})]
+    variants += [_Variant({**base, name: i}, {}) for name, members in unions.items()
+                 for i, member in enumerate(members) if i != base[name] and not isinstance(member, type)]
+    variants += [_Variant(base, {p.name: not p.default}) for p in signature.parameters if isinstance(p.default, bool)]
+    return variants
+
+
+def _try_variant(function: Callable[..., Any], signature: Signature, owner: type | None, variant: _Variant,
+                 ) -> Failure | None:
+    free = sum(s.annotation is None or s.annotation.dtype is None
+               for p in signature.parameters for s in tensor_specs(p.spec))
+    choices = itertools.chain.from_iterable(itertools.combinations(range(free), n) for n in range(free + 1))
+    first: Failure | None = None
+    for indices in itertools.islice(choices, _MOST_CHOICES):
+        failure = _run(function, signature, owner, variant, Sizes(), frozenset(indices))
+        if failure is None:
+            return None
+        if not _ABOUT_DTYPES.search(str(failure.error)) or isinstance(failure.error, ShapeError):
+            break
+        first = first or failure
+    else:
+        assert first is not None
+        return first
+    for sizes in itertools.islice(_other_sizes(signature, failure, _divides(function)), _MOST_CHOICES):
+        if _run(function, signature, owner, variant, sizes, frozenset(indices)) is None:
+            return None
+    return failure
+
+
+def _other_sizes(signature: Signature, failure: Failure, divides: bool) -> Iterator[Sizes]:
+    """Choices that a function may need: ints that divide every dim, dims that are the constructor's ints, and dims
+    that divide each other, where the function divides or could not reshape."""
+    yield Sizes(factor=12, plain_int=2)
+    names = _dim_names(signature)
+    made = [n for n in failure.sizes.numbers if n.startswith(f"{_CONSTRUCTOR}.")]
+    for count in range(1, min(len(names), len(made)) + 1):
+        for dims in itertools.permutations(names, count):
+            for ints in itertools.combinations(made, count):
+                for factor in (1, 12):
+                    sizes = Sizes(factor=factor, plain_int=None if factor == 1 else 2)
+                    sizes.numbers = dict(zip(dims, map(sizes.of, ints)))
+                    sizes.numbers |= {i: sizes.numbers[d] for d, i in zip(dims, ints)}
+                    yield sizes
+    if not divides and not _ABOUT_FACTORS.search(str(failure.error)):
+        return
+    for whole, part in itertools.permutations(names, 2):
+        sizes = Sizes(factor=12, plain_int=2)
+        sizes.numbers = {whole: 2 * sizes.of(part), part: sizes.of(part)}
+        yield sizes
+
+
+def _divides(function: Callable[..., Any]) -> bool:
+    """Whether // or % stands in the function's body."""
+    try:
+        tree = source_of(inspect.unwrap(function)).tree
+    except CompileError:
+        return True
+    return any(isinstance(node, (ast.FloorDiv, ast.Mod)) for node in ast.walk(tree))
+
+
+def _dim_names(signature: Signature) -> list[str]:
+    specs = [s for p in signature.parameters for s in tensor_specs(p.spec)]
+    return list(dict.fromkeys(split_fraction(a)[0] for s in specs for d in s.dims or () for a in sorted(d.atoms)))
+
+
+# -- making values ----------------------------------------------------------------------------------
+
+_CONSTRUCTOR = "constructor"
+
+
+def _run(function: Callable[..., Any], signature: Signature, owner: type | None, variant: _Variant, sizes: Sizes,
+         integers: frozenset[int]) -> Failure | None:
+    maker = _Maker(signature, variant, sizes, integers)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        instance = _instance(owner, maker) if owner is not None else None
+        args, kwargs = maker.arguments(instance)
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            return Failure(error, sizes, maker.invented)
+    return None
+
+
+def _instance(owner: type, maker: _Maker) -> Any:
+    parameters = [p for p in inspect.signature(owner).parameters.values()
+                  if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    try:
+        hints = typing.get_type_hints(owner.__init__)  # type: ignore[misc]
+    except Exception:
+        hints = {}
+    values = {p.name: maker.plain(p.name, hints.get(p.name, p.annotation), f"{_CONSTRUCTOR}.{p.name}")
+              for p in parameters}
+    try:
+        return owner(**values)
+    except Exception as error:
+        raise NoValue(f"an instance of {owner.__name__} cannot be made: {type(error).__name__}: {error}") from None
+
+
+class _AnyKey(dict):  # type: ignore[type-arg]
+    """A mapping that has every key that is asked for."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: Any) -> Any:
+        self[key] = self.make()
+        return self[key]
+
+
+class _Maker:
+    """Makes the arguments of one run."""
+
+    def __init__(self, signature: Signature, variant: _Variant, sizes: Sizes, integers: frozenset[int]) -> None:
+        self.signature, self.variant, self.sizes, self.integers = signature, variant, sizes, integers
+        self.free = itertools.count()  # tensors without an annotated dtype, in order
+        self.invented = False
+        self.leading = 2 if any(s.ellipsis is not None for p in signature.parameters for s in tensor_specs(p.spec)
+                                ) else 0
+        for name in _dim_names(signature):
+            self.sizes.of(name)
+
+    def arguments(self, instance: Any) -> tuple[list[Any], dict[str, Any]]:
+        """(args, kwargs) of a call."""
+        args: list[Any] = [] if instance is None else [instance]
+        kwargs: dict[str, Any] = {}
+        for p in self.signature.parameters[len(args):]:
+            if p.kind is p.kind.VAR_POSITIONAL:
+                args += [self.value(p), self.value(p)] if p.spec is not None else []
+            elif p.kind is p.kind.KEYWORD_ONLY:
+                kwargs[p.name] = self.value(p)
+            elif p.kind is not p.kind.VAR_KEYWORD:
+                args.append(self.value(p))
+        return args, kwargs
+
+    def value(self, p: Parameter) -> Any:
+        """A value for a parameter."""
+        if p.spec is not None:
+            return self.of_spec(p.spec, p.name)
+        if p.name in self.signature.sizes:
+            return self.sizes.of(p.name)
+        if p.name in self.variant.flags:
+            return self.variant.flags[p.name]
+        return p.default if p.has_default else self.plain(p.name, p.annotation, p.name)
+
+    def of_spec(self, spec: Any, path: str) -> Any:
+        """Tensors as a spec wants them."""
+        if isinstance(spec, TensorSpec):
+            return self.tensor(spec)
+        if isinstance(spec, UnionSpec):
+            member = spec.members[self.variant.members.get(path, 0)]
+            return self.plain(path, member, path) if isinstance(member, type) else self.of_spec(member, path)
+        if isinstance(spec, SequenceSpec):
+            return [self.of_spec(spec.member, path) for _ in range(2)]
+        if isinstance(spec, TupleSpec):
+            return tuple(self.of_spec(m, path) for m in spec.members)
+        return _AnyKey(lambda: self.of_spec(spec.member, path)) if isinstance(spec, MappingSpec) else None
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor without data."""
+        shape = self.shape(spec)
+        annotation = spec.annotation
+        if annotation is not None and annotation.dtype is not None:
+            dtype = annotation.dtype.torch
+            if annotation.dtype is int4:
+                shape = [*shape[:-1], shape[-1] // 2]
+        else:
+            dtype = torch.int64 if next(self.free) in self.integers else torch.float32
+        device = annotation.device if annotation is not None else None
+        return torch.empty(shape, dtype=dtype, device=device or "cpu", requires_grad=False)
+
+    def shape(self, spec: TensorSpec) -> list[int]:
+        """Its sizes; "..." is two axes of their own."""
+        if spec.dims is None:
+            return [self.sizes.of("a tensor's 1st dim"), self.sizes.of("a tensor's 2nd dim")]
+        divisors: dict[str, int] = {}
+        for s in (s for p in self.signature.parameters for s in tensor_specs(p.spec)):
+            for name, divisor in (split_fraction(a) for d in s.dims or () for a in d.atoms):
+                divisors[name] = math.lcm(divisors.get(name, 1), divisor)
+        for name, divisor in divisors.items():
+            if self.sizes.of(name) % divisor:
+                self.sizes.numbers[name] *= divisor
+        shape = [d.value(self.sizes.numbers) for d in spec.dims]
+        if spec.ellipsis is not None:
+            shape[spec.ellipsis:spec.ellipsis] = [self.sizes.of("...0"), self.sizes.of("...1")]
+        return shape
+
+    def plain(self, name: str, annotation: Any, path: str) -> Any:
+        """A value that is no tensor, from its annotation.
+
+        Raises:
+            NoValue: the annotation says nothing that a value follows from.
+        """
+        members = typing.get_args(annotation)
+        if type(None) in members or annotation is None:
+            return None
+        if annotation is int:
+            return self.sizes.of(path) if self.sizes.plain_int is None or "." in path else self.sizes.plain_int
+        known = {float: 0.5, bool: False, DType: f32, torch.dtype: torch.float32, torch.device: torch.device("cpu")}
+        if annotation in known if isinstance(annotation, collections.abc.Hashable) else False:
+            return known[annotation]
+        self.invented = True
+        if annotation is str:
+            return ""
+        if typing.get_origin(annotation) in (dict, collections.abc.Mapping) and members[1] in (int, float):
+            return _AnyKey(lambda: 1)
+        raise NoValue(f"argument {name!r} has no default, and no value follows from its annotation")
+
+
+def type_text(x: torch.Tensor, sizes: Sizes) -> str:
+    """A tensor's type in names: f32[B, S, D]."""
+    names = [d.name for d in DTYPES.values() if d.torch is x.dtype]
+    return f"{names[0] if names else x.dtype}[{', '.join(sizes.describe(int(n)) for n in x.shape)}]"
