@@ -30,7 +30,6 @@ from tessera.kernel.backends.cpu import shared as native
 from tessera.types import DTYPES, dtype_of
 
 _NONCE_BYTES = 16
-_FEW_SPINS = 20  # where ranks share cores: whoever waits makes room
 _KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "ring_exchange", "barrier")
 _NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if name != "int4"}
 _REDUCED = frozenset(DTYPES[name].torch for name in "f32 f64 bf16 f16 int8 uint8 int32 int64".split())
@@ -54,7 +53,7 @@ class SharedLine:
         cores = len(os.sched_getaffinity(0))
         self.channel = native.Channel(
             ctypes.addressof(self._first), here, len(ranks), fail=self._fail,
-            spins=native.SPINS if len(ranks) <= cores else _FEW_SPINS)
+            spins=native.SPINS if len(ranks) <= cores else 0)
         self._plans: dict[Any, native.Collective] = {}
         self.gave_up_because = ""
         self._failure: CollectiveError | None = None

@@ -10,6 +10,8 @@ rank, used by turns: who has seen all flags of a round knows that everyone has d
 a round is enough. Beside its flag a rank writes what it is calling; all compare.
 
 A waiting rank first spins, then sleeps (futex) in short turns, between which it looks whether `give_up` was called.
+Spinning pays while the others are running too: where it is in vain several times (cores are shared, or work is
+uneven), a rank goes to sleep at once, and tries it again only now and then.
 Sums are taken in the fixed tree of ops.invariant.tree_sum over the ranks, each element by itself, so that their
 bits depend on nothing else; 16-bit types are summed in f32 and rounded once.
 """
@@ -36,13 +38,15 @@ SLOT = 256 << 10  # bytes: what a rank publishes in a round stays in its caches 
 LINE = 128  # bytes: two cache lines, which processors fetch together
 MAX_RANKS = 64
 SPINS = 4000  # looks at a flag before sleeping, about 100 us: what waking a sleeper takes
+_FEW_SPINS = 20
+_TRUST, _LOSS, _RETRY = 8, -4, 64  # most credit, what a sleep costs, rounds between trials without credit
 _NAP = 50_000_000  # ns of sleep between two looks whether to give up
 
 # A rank's line in the segment.
 _FLAG, _SLEEPERS, _CALLING = 0, 4, 8  # u32 round, u32 ranks that sleep for it, two u64: what it calls, by turns
 
 # A channel's state, of its process alone: i64 each.
-_BASE, _RANK, _ROUND, _STARTED, _FINISHED, _GIVEN_UP, _SPINS = range(7)
+_BASE, _RANK, _ROUND, _STARTED, _FINISHED, _GIVEN_UP, _SPINS, _CREDIT = range(8)
 
 # The arguments of a call: i64 each, packed in this order.
 _CHANNEL, _SOURCE, _OUT, _NBYTES, _LOW, _HIGH, _FIRST, _LAST, _PUBLISHES, _SAYS, _STATUS = range(11)
@@ -74,7 +78,7 @@ class Channel:
     Args:
         address: where this process has mapped it; zeros at first.
         rank, n_ranks: which of how many; at most MAX_RANKS.
-        spins: looks at a flag before sleeping; few where ranks share cores.
+        spins: most looks at a flag before sleeping.
         fail: raises the error for a call's status; called with it.
     """
 
@@ -82,7 +86,7 @@ class Channel:
         self, address: int, rank: int, n_ranks: int, *, spins: int = SPINS, fail: Callable[[int], None],
     ) -> None:
         self.rank, self.n_ranks, self.fail, self._base = rank, n_ranks, fail, address
-        self._state = (ctypes.c_int64 * 7)(address, rank, 0, 0, 0, 0, spins)
+        self._state = (ctypes.c_int64 * 8)(address, rank, 0, 0, 0, 0, spins, _TRUST)
         self.address = ctypes.addressof(self._state)
 
     @property
@@ -286,28 +290,35 @@ def _emit_sync(module: Module, n_ranks: int) -> Function:
     b.atomic_store(flag, own, order="seq_cst")
     with b.if_(b.cmp("ne", b.atomic_load(b.gep(own, _SLEEPERS, "i8"), I32, order="seq_cst"), 0), likely=False):
         _futex(b, own, _FUTEX_WAKE, _EVERYONE, b.value(0, PTR))
-    wait = _emit_wait(module)
-    with b.for_(0, n_ranks, carry=[b.value(0, I64)]) as rank:
-        line = b.gep(base, b.mul(rank.i, LINE), "i8")
-        status = b.call(wait, channel, line, flag, call)
+    credit_at = b.gep(channel, _CREDIT, I64)
+    credit, most = b.load(credit_at, I64), b.load(b.gep(channel, _SPINS, I64), I64)
+    trusts = b.or_(b.cmp("gt", credit, 0), b.cmp("eq", b.urem(number, _RETRY), 0))
+    spins = b.select(trusts, most, b.min(most, _FEW_SPINS))
+    wait, none = _emit_wait(module), b.value(0, I64)
+    with b.for_(0, n_ranks, carry=[none, none]) as rank:
+        line, naps = b.gep(base, b.mul(rank.i, LINE), "i8"), rank.carry[1]
+        found = b.call(wait, channel, line, flag, call, spins)
+        status, naps = b.and_(found, GAVE_UP), b.add(naps, b.lshr(found, 1))
         differs = b.and_(b.cmp("eq", status, 0), b.cmp("ne", b.load(b.gep(line, said, "i8"), I64), says))
         status = b.select(differs, b.add(rank.i, DIFFERS), status)
-        rank.next([status])
+        rank.next([status, naps])
         rank.next_i = b.select(b.cmp("eq", status, 0), b.add(rank.i, 1), n_ranks)
+    earned = b.select(b.cmp("eq", rank.results[1], 0), b.value(1, I64), _LOSS)
+    with b.if_(trusts):
+        b.store(b.max(b.min(b.add(credit, earned), _TRUST), 0), credit_at)
     b.ret(rank.results[0])
     return function
 
 
 def _emit_wait(module: Module) -> Function:
-    """Wait until the flag at `line` has come to `flag`; 0, or GAVE_UP."""
-    function = module.function("wait", I64, [("channel", PTR), ("line", PTR), ("flag", I32), ("call", I64)],
-                               internal=True)
-    b, (channel, line, flag, call) = function.builder, function.args
+    """Wait until the flag at `line` has come to `flag`; 0 or GAVE_UP, plus twice the number of naps."""
+    function = module.function("wait", I64, [("channel", PTR), ("line", PTR), ("flag", I32), ("call", I64),
+                                             ("spins", I64)], internal=True)
+    b, (channel, line, flag, call, spins) = function.builder, function.args
 
     def has_come(seen: Val) -> Val:
         return b.cmp("ge", b.sub(seen, flag), 0)  # rounds are numbered modulo 2**32
 
-    spins = b.load(b.gep(channel, _SPINS, I64), I64)
     with b.for_(0, spins) as spin:
         _pause(b)
         spin.next_i = b.select(has_come(b.atomic_load(line, I32)), spins, b.add(spin.i, 1))
@@ -322,7 +333,8 @@ def _emit_wait(module: Module) -> Function:
             b.atomic_add(sleepers, 1, I32, order="seq_cst")
             _futex(b, line, _FUTEX_WAIT, seen, pause)
             b.atomic_add(sleepers, -1, I32, order="seq_cst")
-        turn.next([b.select(has_come(seen), 0, b.cast("zext", is_over, I64))])
+        status = b.select(has_come(seen), 0, b.cast("zext", is_over, I64))
+        turn.next([b.or_(status, b.shl(turn.i, 1))])
         turn.next_i = b.select(b.or_(has_come(seen), is_over), _FOREVER, b.add(turn.i, 1))
     b.ret(turn.results[0])
     return function
