@@ -87,7 +87,7 @@ def _rms_norm(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
 
     return Case(
         group=f"rms_norm {name}", label=f"rms_norm {name} {rows}x{width}", out=out,
-        ours=lambda: kernels.rms_norm_kernel(x, weight, out, 1e-6), eager=lambda: formula(x, weight),
+        ours=lambda: kernels.rms_norm_kernel(x[None], weight, out[None], 1e-6), eager=lambda: formula(x, weight),
         expected=lambda: formula(x.double(), weight.double()), function=formula, arguments=(x, weight),
         floor=_move([x], out), bytes=2 * x.nbytes)
 
@@ -129,7 +129,7 @@ def _swiglu(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
 
     return Case(
         group=f"swiglu {name}", label=f"swiglu {name} {rows}x{width}", out=out,
-        ours=lambda: kernels.swiglu_kernel(gate, up, out), eager=lambda: formula(gate, up),
+        ours=lambda: kernels.gated_kernel(gate[None], up[None], out[None]), eager=lambda: formula(gate, up),
         expected=lambda: formula(gate.double(), up.double()), function=formula, arguments=(gate, up),
         floor=_move([gate, up], out), bytes=3 * out.nbytes)
 
@@ -145,7 +145,7 @@ def _rope(name: str, dtype: torch.dtype, length: int, heads: int, width: int) ->
 
     return Case(
         group=f"rope {name}", label=f"rope {name} {length}x{heads}x{width}", out=out,
-        ours=lambda: kernels.rope_kernel(x, cos, sin, out), eager=lambda: formula(x, cos, sin),
+        ours=lambda: kernels.rope_kernel(x[None], cos, sin, out[None]), eager=lambda: formula(x, cos, sin),
         expected=lambda: formula(x.double(), cos.double(), sin.double()), function=formula,
         arguments=(x, cos, sin), floor=_move([x], out), bytes=2 * x.nbytes)
 

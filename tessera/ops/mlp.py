@@ -1,28 +1,238 @@
-"""The elementwise middle of a transformer's MLP.
+"""The elementwise middle of a transformer's MLP, and the whole of a gated one.
 
-In: the outputs of the gate and up projections. Out: what the down projection reads. nn.MLP calls them.
+In: the outputs of the gate and up projections, or the MLP's input and weights. Out: what the down projection reads, or
+the MLP's output. nn.MLP calls them.
+
+Dims: D d_model, F d_ffn.
 """
 
 from __future__ import annotations
 
+from typing import overload
+
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from tessera.ops.activations import ACTIVATIONS
+from tessera.errors import InputError, LaunchError, ShapeError
+from tessera.ops import activations, invariant
+from tessera.ops.kernels.activations import gated_backward_kernel, gated_kernel, gated_packed_kernel
+from tessera.ops.layout import as_rows, empty_like, widen
+from tessera.ops.registration import Operation
 
 
-def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: str = "silu", beta: float = 1.0) -> Tensor:
     """activation(gate) * up: SwiGLU with "silu", GEGLU with "gelu" (arXiv:2002.05202).
 
     Args:
-        gate, up: [..., F], one dtype.
+        gate, up: [..., F], one shape.
         activation: a name of `ACTIVATIONS`.
+        beta: the factor inside silu's sigmoid.
 
     Returns:
-        [..., F] in gate's dtype.
+        [..., F] in gate's dtype, rounded once.
+
+    Raises:
+        ShapeError: the shapes differ.
+        InputError: an unknown activation.
     """
-    return ACTIVATIONS[activation](gate) * up
+    _check_activation(activation)
+    if invariant.is_invariant() and beta == 1:
+        return activations.ACTIVATIONS[activation](gate) * up
+    try:
+        return _GATED(gate, up, activation, beta)
+    except LaunchError:
+        _check_pair(gate, up)
+        raise
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the gated MLP of Llama; see `gated`."""
-    return gated(gate, up, "silu")
+def gated_packed(gate_up: Tensor, activation: str = "silu", beta: float = 1.0) -> Tensor:
+    """`gated` of the two halves of the last dim, as a fused gate and up projection gives them.
+
+    Args:
+        gate_up: [..., 2 F], the gates before the others; any strides.
+        activation, beta: as for `gated`.
+
+    Returns:
+        [..., F].
+
+    Raises:
+        ShapeError: an odd last dim.
+        InputError: an unknown activation.
+    """
+    _check_activation(activation)
+    if invariant.is_invariant() and beta == 1:
+        gate, up = _halves(gate_up)
+        return activations.ACTIVATIONS[activation](gate) * up
+    try:
+        return _GATED_PACKED(gate_up, activation, beta)
+    except LaunchError:
+        _halves(gate_up)
+        raise
+
+
+@overload
+def swiglu(gate: Tensor, up: Tensor, /, *, beta: float = ...) -> Tensor: ...
+
+
+@overload
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, /, beta: float = ...) -> Tensor: ...
+
+
+def swiglu(*tensors: Tensor, beta: float = 1.0) -> Tensor:
+    """silu(gate) * up, or the whole gated MLP of Llama (arXiv:2002.05202).
+
+    Args:
+        tensors: gate and up, [..., F]; or x [..., D], w_gate and w_up [D, F], w_down [F, D], for
+            (swish(x w_gate, beta) * (x w_up)) w_down.
+        beta: the factor inside the sigmoid.
+
+    Returns:
+        [..., F], or [..., D].
+    """
+    if len(tensors) == 2:
+        return gated(tensors[0], tensors[1], "silu", beta)
+    x, w_gate, w_up, w_down = _check_mlp(tensors)
+    return gated(x @ w_gate, x @ w_up, "silu", beta) @ w_down
+
+
+def swiglu_packed(gate_up: Tensor, *, beta: float = 1.0) -> Tensor:
+    """silu(gate) * up of the halves [gate, up] of the last dim; see `gated_packed`."""
+    return gated_packed(gate_up, "silu", beta)
+
+
+def swiglu_memory_efficient(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, chunk_size: int = 512, beta: float = 1.0,
+) -> Tensor:
+    """`swiglu` of an input and three weights, by chunks of d_ffn that the backward pass computes again.
+
+    No tensor is wider than a chunk: the memory kept for the backward pass is x alone, where `swiglu` keeps 3 F numbers
+    a row.
+
+    Args:
+        x: [..., D].
+        w_gate, w_up: [D, F].
+        w_down: [F, D].
+        chunk_size: of F, >= 1.
+        beta: the factor inside the sigmoid.
+
+    Returns:
+        [..., D] in x's dtype; the chunks' products are added in f32.
+
+    Raises:
+        ShapeError: the weights do not fit.
+        InputError: chunk_size below 1.
+    """
+    _check_mlp((x, w_gate, w_up, w_down))
+    if chunk_size < 1:
+        raise InputError(f"chunk_size: {chunk_size} given; expected at least 1")
+    out = torch.zeros(x.shape, dtype=widen(x[..., :0]).dtype, device=x.device)
+    for start in range(0, w_gate.shape[1], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        out = out + checkpoint(
+            swiglu, x, w_gate[:, chunk], w_up[:, chunk], w_down[chunk], beta=beta, use_reentrant=False)
+    return out.to(x.dtype)
+
+
+def _check_mlp(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if len(tensors) != 4:
+        raise InputError(f"swiglu: {len(tensors)} tensors given; expected gate and up, or x, w_gate, w_up and w_down")
+    x, w_gate, w_up, w_down = tensors
+    width = w_gate.shape[1] if w_gate.dim() == 2 else -1
+    wanted = {"w_gate": (w_gate, (x.shape[-1], width)), "w_up": (w_up, (x.shape[-1], width)),
+              "w_down": (w_down, (width, x.shape[-1]))}
+    for name, (weight, shape) in wanted.items():
+        if tuple(weight.shape) != shape:
+            raise ShapeError(f"{name}: {list(weight.shape)} given; expected {list(shape)} for x {list(x.shape)} and "
+                             f"w_gate {list(w_gate.shape)}")
+    return tensors
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in activations.ACTIVATIONS:
+        raise InputError(f"activation: {activation!r} given; expected one of {', '.join(activations.ACTIVATIONS)}")
+
+
+def _check_pair(gate: Tensor, up: Tensor) -> None:
+    if gate.shape != up.shape:
+        raise ShapeError(f"up: {list(up.shape)} given; expected that of gate, {list(gate.shape)}")
+
+
+def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    width = gate_up.shape[-1]
+    if width % 2:
+        raise ShapeError(f"gate_up: {list(gate_up.shape)} given; expected an even last dim")
+    return gate_up[..., :width // 2], gate_up[..., width // 2:]
+
+
+def _kernel(gate: Tensor, up: Tensor, kind: str, beta: float) -> Tensor:
+    out = empty_like(gate)
+    if gate.dim() == 3:
+        gated_kernel(gate, up, out, kind, beta)
+    else:
+        _check_pair(gate, up)
+        gated_kernel(as_rows(gate), as_rows(up), as_rows(out), kind, beta)
+    return out
+
+
+def _packed_kernel(gate_up: Tensor, kind: str, beta: float) -> Tensor:
+    out = _fake_packed(gate_up, kind, beta)
+    gated_packed_kernel(as_rows(gate_up), as_rows(out), kind, beta)
+    return out
+
+
+def _backward_kernel(grad: Tensor, gate: Tensor, up: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = empty_like(gate), empty_like(up)
+    gated_backward_kernel(
+        as_rows(grad), as_rows(gate), as_rows(up), as_rows(grad_gate), as_rows(grad_up), kind, beta)
+    return grad_gate, grad_up
+
+
+def _packed_backward_kernel(grad: Tensor, gate_up: Tensor, kind: str, beta: float) -> Tensor:
+    grad_gate_up = empty_like(gate_up)
+    gated_backward_kernel(as_rows(grad), *_halves(as_rows(gate_up)), *_halves(as_rows(grad_gate_up)), kind, beta)
+    return grad_gate_up
+
+
+def _reference(gate: Tensor, up: Tensor, kind: str, beta: float) -> Tensor:
+    _check_pair(gate, up)
+    return (activations.reference(widen(gate), kind, beta) * up).to(gate.dtype)
+
+
+def _backward_reference(grad: Tensor, gate: Tensor, up: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    gate_wide, grad_wide = widen(gate), widen(grad)
+    grad_gate = grad_wide * up * activations.reference_slope(gate_wide, kind, beta)
+    return grad_gate.to(gate.dtype), (grad_wide * activations.reference(gate_wide, kind, beta)).to(up.dtype)
+
+
+def _fake(gate: Tensor, up: Tensor, kind: str, beta: float) -> Tensor:
+    _check_pair(gate, up)
+    return empty_like(gate)
+
+
+def _fake_packed(gate_up: Tensor, kind: str, beta: float) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+_BACKWARD = Operation(
+    "gated_backward(Tensor grad, Tensor gate, Tensor up, str kind, float beta) -> (Tensor, Tensor)",
+    kernel=_backward_kernel, reference=_backward_reference,
+    fake=lambda grad, gate, up, kind, beta: (empty_like(gate), empty_like(up)))
+
+_GATED = Operation(
+    "gated(Tensor gate, Tensor up, str kind, float beta) -> Tensor",
+    kernel=_kernel, reference=_reference, fake=_fake, save=lambda inputs, output: inputs,
+    backward=lambda saved, grad: (*_BACKWARD(grad, *saved), None, None))
+
+_PACKED_BACKWARD = Operation(
+    "gated_packed_backward(Tensor grad, Tensor gate_up, str kind, float beta) -> Tensor",
+    kernel=_packed_backward_kernel,
+    reference=lambda grad, gate_up, kind, beta: torch.cat(
+        _backward_reference(grad, *_halves(gate_up), kind, beta), -1),
+    fake=lambda grad, gate_up, kind, beta: empty_like(gate_up))
+
+_GATED_PACKED = Operation(
+    "gated_packed(Tensor gate_up, str kind, float beta) -> Tensor",
+    kernel=_packed_kernel, reference=lambda gate_up, kind, beta: _reference(*_halves(gate_up), kind, beta),
+    fake=_fake_packed, save=lambda inputs, output: inputs,
+    backward=lambda saved, grad: (_PACKED_BACKWARD(grad, *saved), None, None))

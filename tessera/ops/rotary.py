@@ -1,10 +1,11 @@
 """Rotary position embedding, with the published ways of stretching it to longer contexts.
 
-In: positions, and q or k split into heads. Out: cosine/sine tables (made once per forward, in f32)
-and the rotated heads. nn.Attention and models.gpt call it.
+In: positions, and q or k split into heads. Out: cosine/sine tables in f32, kept from call to call, and the rotated
+heads. nn.Attention and models.gpt call it.
 
-Dims: B batch, S new tokens, H heads, D head_dim, R rotated dims (R <= D, even).
-The rotation is half-split (dim i turns with dim i + R/2), the layout of Hugging Face checkpoints.
+Dims: B batch, S new tokens, H heads, D head_dim, R turned pairs (2R <= D), T rows of the tables, C = B or 1.
+The rotation is half-split (dim i turns with dim i + R), the layout of Hugging Face checkpoints, or interleaved (dim 2i
+with dim 2i + 1), that of RoFormer's and Llama's own.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from tessera.errors import InputError, UnsupportedError
+from tessera.errors import InputError, LaunchError, ShapeError, UnsupportedError
+from tessera.kernel.recording import is_recording
 from tessera.ops import invariant
+from tessera.ops.kernels.rope import rope_interleaved_kernel, rope_kernel
+from tessera.ops.layout import empty_like, widen
+from tessera.ops.registration import Operation, wants_reference
 
 _KINDS = ("linear", "dynamic", "llama3", "yarn")
+_MIN_TABLE = 256  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,58 +151,209 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     return mscale(1.0)
 
 
-@functools.lru_cache(maxsize=64)
-def _device_frequencies(
-    dim: int, theta: float, scaling: RopeScaling | None, seq_len: int, device: torch.device,
-) -> tuple[Tensor, float]:
-    # inference_mode(False): a tensor made under inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        frequencies, factor = rope_frequencies(dim, theta, scaling, seq_len=seq_len)
-        return frequencies.to(device), factor
-
-
 def rope_tables(
-    positions_BS: Tensor, dim: int, theta: float, scaling: RopeScaling | None = None,
-    *, seq_len: int = 0, dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of every position, for `rotary`.
+    positions: Tensor | range, dim: int, theta: float, scaling: RopeScaling | None = None,
+    *, seq_len: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `rotary` needs: cosine and sine tables, and which rows of them the tokens take.
 
     Args:
-        positions_BS: position of each token, int64 [B, S] or [1, S].
-        dim, theta, scaling, seq_len: as in `rope_frequencies`.
-        dtype: what the tables are rounded to; angles, cos and sin are computed in f32.
+        positions: of the tokens, an int tensor [B or 1, S], or a range that all rows of the batch share (quickest:
+            the result is a view of a table that is kept).
+        dim, theta, scaling: as in `rope_frequencies`.
+        seq_len: tokens in the sequence, cached ones included, for "dynamic" scaling. While a step is recorded
+            positions cannot be read: they must be below it.
+        device: of the tables for a range; those for a tensor lie beside it.
 
     Returns:
-        (cos, sin), each [B, S, 1, R]; the first half of sin is negated, as `rotary` needs it.
+        (cos [T, R], sin [T, R], rows): f32; rows is int [C, S], or None where token s takes row s.
+
+    Raises:
+        InputError: a negative position.
+        UnsupportedError: "dynamic" scaling past the trained context in a step that is recorded.
     """
-    if scaling is None or scaling.kind != "dynamic":
-        seq_len = 0
-    else:
-        seq_len = max(seq_len, scaling.original_max_seq_len or 0)
-    frequencies, factor = _device_frequencies(dim, float(theta), scaling, seq_len, positions_BS.device)
-    angles = (positions_BS[:, :, None, None].float() * frequencies)
+    stretched = 0
+    if scaling is not None and scaling.kind == "dynamic" and seq_len > (scaling.original_max_seq_len or 0):
+        stretched = seq_len
+    if isinstance(positions, range) and (positions.step != 1 or positions.start < 0):
+        raise InputError(f"positions: {positions} given; expected consecutive numbers from 0 on")
+    if stretched:
+        return _fresh_tables(positions, dim, theta, scaling, seq_len, device)
+    if isinstance(positions, range):
+        cos, sin = _table(dim, theta, scaling, positions.stop, device)
+        return cos[positions.start:positions.stop], sin[positions.start:positions.stop], None
+    if is_recording():
+        return *_table(dim, theta, scaling, seq_len, positions.device), positions
+    if not _is_readable(positions):
+        return _fresh_tables(positions, dim, theta, scaling, seq_len, positions.device)
+    low, high = (int(bound) for bound in torch.aminmax(positions)) if positions.numel() else (0, 0)
+    if low < 0:
+        raise InputError(f"positions: {low} given; expected 0 or more")
+    return *_table(dim, theta, scaling, high + 1, positions.device), positions
+
+
+def _fresh_tables(
+    positions: Tensor | range, dim: int, theta: float, scaling: RopeScaling | None, seq_len: int,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tables of these positions alone, not kept: their values are unknown here, or the next call has others."""
+    if is_recording():
+        raise UnsupportedError(f"rope_scaling: kind 'dynamic' given for {seq_len} tokens; a recorded step's tables "
+                               "do not change with the length")
+    if isinstance(positions, range):
+        positions = torch.arange(positions.start, positions.stop, device=device)[None]
+    frequencies, factor = rope_frequencies(dim, theta, scaling, seq_len=seq_len)
+    cos, sin = _cos_sin(positions.reshape(-1), frequencies.to(positions.device), factor)
+    if positions.shape[0] == 1:
+        return cos, sin, None
+    return cos, sin, torch.arange(positions.numel(), device=positions.device).view(positions.shape)
+
+
+def _is_readable(positions: Tensor) -> bool:
+    """Whether looking at the values costs nothing: not under torch.compile or FakeTensors, not on a GPU."""
+    return positions.is_cpu and type(positions) is Tensor and not torch.compiler.is_compiling()
+
+
+def _table(
+    dim: int, theta: float, scaling: RopeScaling | None, n_rows: int, device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """Tables of at least n_rows positions, kept; a longer one is made when it is needed, of twice the rows."""
+    size = max(_MIN_TABLE, 1 << (n_rows - 1).bit_length())
+    return _kept_table(dim, float(theta), scaling, size, device, invariant.is_invariant())
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_table(
+    dim: int, theta: float, scaling: RopeScaling | None, n_rows: int, device: torch.device | str, is_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    # The tables outlive the call: nothing of its modes (recording, inference, fake tensors) may stick to them.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        frequencies, factor = rope_frequencies(dim, theta, scaling)
+        cos, sin = _cos_sin(torch.arange(n_rows, device="cpu"), frequencies, factor)
+        return cos.to(device), sin.to(device)
+
+
+def _cos_sin(positions_T: Tensor, frequencies_R: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """[T, R] each; the angles are rounded to f32, as Hugging Face does."""
+    angles = positions_T[:, None].float() * frequencies_R
     if invariant.is_invariant():
         cos, sin = invariant.pointwise("cos", angles, torch.cos), invariant.pointwise("sin", angles, torch.sin)
     else:
         cos, sin = angles.cos(), angles.sin()
-    if factor != 1.0:
-        cos, sin = cos * factor, sin * factor
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
-def rotary(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head by its token's position: x * cos + swap_halves(x) * sin.
+def rotary(
+    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None = None, *, interleaved: bool = False,
+) -> Tensor:
+    """Rotate each head by its token's position (RoFormer, arXiv:2104.09864).
 
     Args:
-        x_BSHD: q or k, [B, S, H, D].
-        cos, sin: tables from `rope_tables`, [B or 1, S, 1, R]; dims R..D of every head are left as they are.
+        x_BSHD: q or k, or both side by side, [B, S, H, D], any strides.
+        cos_TR, sin_TR, rows_CS: from `rope_tables`; dims 2R..D of every head are left as they are.
+        interleaved: pairs are neighbours, not halves.
 
     Returns:
-        The rotated heads, [B, S, H, D], dtype of x_BSHD.
+        The rotated heads, [B, S, H, D], dtype of x_BSHD, rounded once from f32.
+
+    Raises:
+        ShapeError: the tables do not fit.
     """
-    rotated = cos.shape[-1]
-    if rotated == x_BSHD.shape[-1]:
-        if invariant.is_invariant():  # addcmul may round once or twice, by place
-            return x_BSHD * cos + x_BSHD.roll(rotated // 2, -1) * sin
-        return torch.addcmul(x_BSHD * cos, x_BSHD.roll(rotated // 2, -1), sin)
-    return torch.cat((rotary(x_BSHD[..., :rotated], cos, sin), x_BSHD[..., rotated:]), -1)
+    try:
+        return _ROTARY(x_BSHD, cos_TR, sin_TR, rows_CS, 1.0, interleaved)
+    except LaunchError:
+        _check(x_BSHD, cos_TR, sin_TR, rows_CS)
+        raise
+
+
+def rotary_(
+    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None = None, *, interleaved: bool = False,
+) -> Tensor:
+    """`rotary` in place, where no gradient is recorded: x_BSHD, changed; it may be a view of a fused projection.
+
+    Raises:
+        InputError: x_BSHD needs a gradient.
+        ShapeError: the tables do not fit.
+    """
+    if x_BSHD.requires_grad and torch.is_grad_enabled():
+        raise InputError("x_BSHD: a tensor that needs a gradient given; expected torch.no_grad(), or rotary")
+    if interleaved or torch.compiler.is_compiling() or wants_reference() or x_BSHD.dtype == torch.float64:
+        return x_BSHD.copy_(rotary(x_BSHD, cos_TR, sin_TR, rows_CS, interleaved=interleaved))
+    try:
+        _rotate(x_BSHD, cos_TR, sin_TR, rows_CS, 1.0, x_BSHD)
+    except LaunchError:
+        _check(x_BSHD, cos_TR, sin_TR, rows_CS)
+        raise
+    return x_BSHD
+
+
+def _check(x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None) -> None:
+    if x_BSHD.dim() != 4:
+        raise ShapeError(f"x_BSHD: {list(x_BSHD.shape)} given; expected [B, S, H, D]")
+    batch_size, seq_len, _, width = x_BSHD.shape
+    if cos_TR.dim() != 2 or cos_TR.shape != sin_TR.shape or 2 * cos_TR.shape[1] > width:
+        raise ShapeError(f"cos_TR, sin_TR: {list(cos_TR.shape)} and {list(sin_TR.shape)} given; expected two [T, R] "
+                         f"with 2R <= {width}, the width of x_BSHD's heads")
+    if rows_CS is None:
+        if cos_TR.shape[0] != seq_len:
+            raise ShapeError(f"cos_TR: {list(cos_TR.shape)} given without rows_CS; expected a row for each of "
+                             f"{seq_len} tokens of x_BSHD {list(x_BSHD.shape)}")
+    elif rows_CS.shape not in ((batch_size, seq_len), (1, seq_len)):
+        raise ShapeError(f"rows_CS: {list(rows_CS.shape)} given; expected {[batch_size, seq_len]} or {[1, seq_len]}")
+
+
+def _rotate(
+    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, direction: float, out_BSHD: Tensor,
+) -> None:
+    if rows_CS is None and cos_TR.shape[0] != x_BSHD.shape[1]:
+        raise LaunchError("a row a token")  # `_check` says it better
+    rope_kernel(x_BSHD, cos_TR, sin_TR, out_BSHD, rows_CS, direction)
+
+
+def _kernel(
+    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, direction: float, interleaved: bool,
+) -> Tensor:
+    out = empty_like(x_BSHD)
+    if not interleaved:
+        _rotate(x_BSHD, cos_TR, sin_TR, rows_CS, direction, out)
+        return out
+    _check(x_BSHD, cos_TR, sin_TR, rows_CS)
+    n_pairs = cos_TR.shape[1]
+    if 2 * n_pairs < x_BSHD.shape[-1]:
+        out[..., 2 * n_pairs:] = x_BSHD[..., 2 * n_pairs:]
+    pairs, turned = (t[..., :2 * n_pairs].unflatten(-1, (n_pairs, 2)) for t in (x_BSHD, out))
+    rope_interleaved_kernel(pairs, cos_TR, sin_TR, turned, rows_CS, direction)
+    return out
+
+
+def _reference(
+    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, direction: float, interleaved: bool,
+) -> Tensor:
+    _check(x_BSHD, cos_TR, sin_TR, rows_CS)
+    x = widen(x_BSHD)
+    cos, sin = ((table if rows_CS is None else table[rows_CS])[..., None, :] for table in (cos_TR, direction * sin_TR))
+    n_pairs = cos.shape[-1]
+    turning, rest = x[..., :2 * n_pairs], x[..., 2 * n_pairs:]
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
+    else:
+        first, second = turning[..., :n_pairs], turning[..., n_pairs:]
+        turned = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+    return torch.cat((turned, rest), -1).to(x_BSHD.dtype)
+
+
+def _fake(x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, *_: Any) -> Tensor:
+    _check(x_BSHD, cos_TR, sin_TR, rows_CS)
+    return empty_like(x_BSHD)
+
+
+def _backward(saved: Any, grad: Tensor) -> tuple[Any, ...]:
+    cos, sin, rows, direction, interleaved = saved
+    return _ROTARY(grad, cos, sin, rows, -direction, interleaved), None, None, None, None, None
+
+
+_ROTARY = Operation(
+    "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? rows, float direction, bool interleaved) -> Tensor",
+    kernel=_kernel, reference=_reference, fake=_fake, save=lambda inputs, output: tuple(inputs[1:]),
+    backward=_backward)

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from tessera import kernel
 from tessera.kernel import lang as tile
-from tessera.types import Tile
+from tessera.types import Tile, f32
 
 
 @kernel
-def rope_kernel(x: Tile["S", "H", "D"], cos: Tile["S", "D/2"], sin: Tile["S", "D/2"], out: Tile["S", "H", "D"]):
-    """out = (x1 cos - x2 sin, x1 sin + x2 cos) of the halves x1, x2 of each head, in f32 (arXiv:2104.09864).
+def rope_kernel(
+    x: Tile["B", "S", "H", "2*R+E"], cos: Tile["T", "R"], sin: Tile["T", "R"], out: Tile["B", "S", "H", "2*R+E"],
+    positions: Optional[Tile["C", "S"]] = None, direction: float = 1.0,  # noqa: UP045
+):
+    """out = (x1 cos - x2 sin, x1 sin + x2 cos, rest) of each head's parts, in f32 (arXiv:2104.09864).
 
     Args:
-        x, out: [S, H, D]; D even.
-        cos, sin: [S, D/2], of each position's angles.
+        x, out: [B, S, H, 2 R + E], one tensor or two; the first R entries of a head turn with the next R.
+        cos, sin: [T, R], of each position's angles.
+        positions: [B or 1, S] ints in [0, T); without them token s has position s.
+        direction: of the rotation, 1 or -1.
     """
-    tile.store(out, tile.apply_rope(x, cos, sin))
+    ctx = tile.context()
+    for batch, token in tile.grid(ctx.B, ctx.S):
+        at = token
+        if positions is not None:
+            at = positions[tile.minimum(batch, ctx.C - 1), token]
+        cosine, sine = tile.load(cos[at])[None, :], (tile.load(sin[at]) * direction)[None, :]
+        first, second, rest = tile.split(tile.load(x[batch, token]), (ctx.R, ctx.R, ctx.E), axis=-1)
+        turned = [first * cosine - second * sine, first * sine + second * cosine]
+        tile.store(out[batch, token], tile.concat([*turned, tile.cast(rest, f32)], axis=-1))
+
+
+@kernel
+def rope_interleaved_kernel(
+    x: Tile["B", "S", "H", "R", 2], cos: Tile["T", "R"], sin: Tile["T", "R"], out: Tile["B", "S", "H", "R", 2],
+    positions: Optional[Tile["C", "S"]] = None, direction: float = 1.0,  # noqa: UP045
+):
+    """`rope_kernel` for pairs of neighbours.
+
+    Args:
+        x, out: [B, S, H, R, 2], two tensors.
+        the others: as of `rope_kernel`.
+    """
+    ctx = tile.context()
+    for batch, token in tile.grid(ctx.B, ctx.S):
+        at = token
+        if positions is not None:
+            at = positions[tile.minimum(batch, ctx.C - 1), token]
+        cosine, sine = tile.load(cos[at])[None, :], (tile.load(sin[at]) * direction)[None, :]
+        first, second = tile.load(x[batch, token, :, :, 0]), tile.load(x[batch, token, :, :, 1])
+        tile.store(out[batch, token, :, :, 0], first * cosine - second * sine)
+        tile.store(out[batch, token, :, :, 1], first * sine + second * cosine)

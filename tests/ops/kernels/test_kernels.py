@@ -47,14 +47,14 @@ def nans(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("shape", ROWS)
 def test_rms_norm(backend, dtype, shape, randn):
     x, weight, out = randn(*shape).to(dtype), randn(shape[1]), nans(*shape, dtype=dtype)
-    launch(kernels.rms_norm_kernel, backend, x, weight, out, eps=1e-5)
+    launch(kernels.rms_norm_kernel, backend, x[None], weight, out[None], eps=1e-5)
     check(out, torch.rms_norm(x.double(), shape[1:], weight.double(), 1e-5))
 
 
 @pytest.mark.parametrize("shape", ROWS)
 def test_layer_norm(backend, dtype, shape, randn):
     x, weight, bias, out = randn(*shape).to(dtype), randn(shape[1]), randn(shape[1]), nans(*shape, dtype=dtype)
-    launch(kernels.layer_norm_kernel, backend, x + 3, weight, bias, out)
+    launch(kernels.layer_norm_kernel, backend, x[None] + 3, weight, bias, out[None])
     check(out, torch.layer_norm((x + 3).double(), shape[1:], weight.double(), bias.double(), 1e-5))
 
 
@@ -78,7 +78,7 @@ def test_cross_entropy(backend, dtype, shape, randn):
 @pytest.mark.parametrize("shape", ROWS)
 def test_swiglu(backend, dtype, shape, randn):
     gate, up, out = randn(*shape).to(dtype), randn(*shape).to(dtype), nans(*shape, dtype=dtype)
-    launch(kernels.swiglu_kernel, backend, gate, up, out)
+    launch(kernels.gated_kernel, backend, gate[None], up[None], out[None])
     check(out, torch.nn.functional.silu(gate.double()) * up.double())
 
 
@@ -86,7 +86,7 @@ def test_swiglu(backend, dtype, shape, randn):
 def test_rope(backend, dtype, shape, randn):
     x, out = randn(*shape).to(dtype), nans(*shape, dtype=dtype)
     angles = randn(shape[0], shape[2] // 2)
-    launch(kernels.rope_kernel, backend, x, angles.cos(), angles.sin(), out)
+    launch(kernels.rope_kernel, backend, x[None], angles.cos(), angles.sin(), out[None])
     first, second = x.double().chunk(2, -1)
     cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
     check(out, torch.cat([first * cos - second * sin, first * sin + second * cos], -1))
