@@ -114,12 +114,17 @@ def parse_precision(text: str) -> Precision:
     return Precision(storage=dtype_of(match[1]), accumulate=dtype_of(match[2] or "f32"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Annotation:
     """A dim-annotated array type: dims as written (names, expressions, ints or "...") and an optional dtype."""
 
     dims: tuple[str | int, ...]
     dtype: DType | None = None
+
+    def __repr__(self) -> str:
+        parts = [f'"{d}"' if isinstance(d, str) else str(d) for d in self.dims]
+        dtype = [self.dtype.name] if self.dtype else []
+        return f"{type(self).__name__.removesuffix('Type')}[{', '.join(parts + dtype)}]"
 
     def __or__(self, other: Any) -> Any:
         return _Union((self, other))
@@ -128,12 +133,12 @@ class Annotation:
         return _Union((other, self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TileType(Annotation):
     """`Tile["S", "D", bf16]`: a kernel parameter, a view of a tensor with named dims."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TensorType(Annotation):
     """`Tensor["B", "S", "D", bf16]`: an argument of a shape-checked function, on any device or on one `device` type."""
 

@@ -157,6 +157,12 @@ def tensor_specs(spec: Any) -> Iterator[TensorSpec]:
             yield from tensor_specs(member)
 
 
+def _mentions_dims(annotation: Any) -> bool:
+    """Whether dims of tensors stand somewhere in an annotation."""
+    parts = annotation if isinstance(annotation, (list, tuple)) else typing.get_args(annotation)
+    return isinstance(annotation, Annotation) or any(map(_mentions_dims, parts))
+
+
 class _Reader:
     """Reads the annotations of one function."""
 
@@ -206,7 +212,7 @@ class _Reader:
 
     def _container(self, annotation: Any, origin: Any, args: tuple[Any, ...], name: str) -> Spec | None:
         specs = [self.spec(a, name) for a in args if a is not Ellipsis and not isinstance(a, list)]
-        if not any(specs):
+        if not any(specs) and not _mentions_dims(args):
             return None
         if origin is tuple and args[-1] is not Ellipsis:
             return TupleSpec(tuple(specs))
@@ -214,7 +220,7 @@ class _Reader:
             return SequenceSpec(specs[0])
         if origin in (dict, collections.abc.Mapping) and specs[0] is None:
             return MappingSpec(specs[1])
-        if any(s.dims is not None for spec in specs for s in tensor_specs(spec)):
+        if _mentions_dims(args):
             raise self._error(name, f"{annotation}: tensors can stand in tuples, lists, dict values and unions")
         return None
 

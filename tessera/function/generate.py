@@ -88,6 +88,7 @@ class _Writer:
         """
         known = {name: name for name in self.signature.sizes}
         checks, known = self._arguments(known)
+        checks += [f"if not isinstance({name}, int): raise TypeError" for name in self.signature.sizes]
         after = self._result(known)
         body = ["try:", *_indent(checks or ["pass"]), "except Exception:", f"    _ts_match({values})"]
         if not checks:

@@ -276,5 +276,7 @@ def caller_frame() -> FrameType | None:
 
 
 def _call_site() -> str:
+    if torch.compiler.is_compiling():  # torch.compile, which traces this too, cannot look at frames
+        return ""
     frame = caller_frame()
     return "" if frame is None else f"; called at {frame.f_code.co_filename}:{frame.f_lineno}"

@@ -70,7 +70,7 @@ class Source:
         return Location(self.file, self.first_line + line - 1, column, end, text.rstrip("\n"))
 
 
-_parsed: dict[types.CodeType, tuple[ast.FunctionDef, str, int, list[str]]] = {}
+_parsed: dict[tuple[str, types.CodeType], tuple[ast.FunctionDef, str, int, list[str]]] = {}
 
 
 def source_of(function: types.FunctionType) -> Source:
@@ -80,9 +80,10 @@ def source_of(function: types.FunctionType) -> Source:
         CompileError: the source cannot be read (made by exec or typed at a prompt without history), or is
             not a plain `def`.
     """
-    found = _parsed.get(function.__code__)
+    key = function.__code__.co_filename, function.__code__  # equal code of two files is equal in Python's eyes
+    found = _parsed.get(key)
     if found is None:
-        found = _parsed[function.__code__] = _parse(function)
+        found = _parsed[key] = _parse(function)
     return Source(function, *found)
 
 
