@@ -125,7 +125,7 @@ def _sum_kernel(
     ignore_index: int, smoothing: float, z_loss: float, with_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(share * sum of the losses, and its gradients to hidden [N, D] and weight [V, D])."""
-    (n, width), n_classes = hidden_ND.shape, len(weight_VD)
+    (n, _width), n_classes = hidden_ND.shape, len(weight_VD)
     if 0 < n < 2 * _MIN_ROWS and n * n_classes > _CHUNK:  # a chunk of rows would be all of the logits
         losses_N, top_N, spread_N = _rows_kernel(hidden_ND, weight_VD, targets_N, ignore_index, smoothing, z_loss)
         return losses_N.sum() * share, *_rows_backward_kernel(
@@ -272,12 +272,20 @@ def _fake_sum(
     return loss, hidden_ND.new_empty(hidden_ND.shape), weight_VD.new_empty(weight_VD.shape if options[-1] else (0,))
 
 
-def _scaled(grad: Tensor, d_hidden_ND: Tensor, d_weight_VD: Tensor, with_weight: bool) -> tuple[Tensor | None, ...]:
+def _scaled(
+    grad: Tensor | None, d_hidden_ND: Tensor, d_weight_VD: Tensor, with_weight: bool,
+) -> tuple[Tensor | None, ...]:
     """The gradients that the forward pass made, times the loss's own, which is 1 for loss.backward()."""
-    if type(grad) is Tensor and grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1.0:
-        return d_hidden_ND, d_weight_VD if with_weight else None, None, None, None, None, None, None
+    others = (None,) * 6
+    if grad is None:
+        return None, None, *others
+    if not torch.compiler.is_compiling() and type(grad) is Tensor:
+        if torch.is_grad_enabled():
+            raise UnsupportedError('linear_cross_entropy: create_graph given; second derivatives need reduction="none"')
+        if grad.is_cpu and grad.item() == 1.0:
+            return d_hidden_ND, d_weight_VD if with_weight else None, *others
     d_weight = (d_weight_VD * grad).to(d_weight_VD.dtype) if with_weight else None
-    return (d_hidden_ND * grad).to(d_hidden_ND.dtype), d_weight, None, None, None, None, None, None
+    return (d_hidden_ND * grad).to(d_hidden_ND.dtype), d_weight, *others
 
 
 _rows_backward_op = Operation(
