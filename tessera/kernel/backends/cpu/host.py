@@ -53,7 +53,8 @@ class Target:
     @property
     def key(self) -> str:
         """Identifies the code that is generated for this target (block sizes follow the caches)."""
-        return f"{self.triple} {self.cpu} {self.features} {self.l1} {self.l2} {self.l3}"
+        emulated = f" {self.has_avx512bf16} {self.has_vnni}" if self.emulates_dots else ""
+        return f"{self.triple} {self.cpu} {self.features} {self.l1} {self.l2} {self.l3}{emulated}"
 
     def lanes(self, bits: int) -> int:
         """How many elements of this width the natural vector holds."""

@@ -24,11 +24,12 @@ def plan(function: Function) -> set[str]:
     uses: Counter[str] = Counter()
     depth: dict[str, int] = {}
     _count(function.body, 0, uses, depth)
-    kept: set[str] = set()
+    kept = _left_operands(function.body, depth)
     written = {_param_of(op.operands[0]) for op in ir.walk(function.body)
                if op.name in ("store", "scatter", "atomic_add")}
+    weights = _weights(function.body)
     for op in ir.walk(function.body):
-        if op.name == "reshape" and not _keeps_vectors(op):
+        if op.name == "reshape" and not _keeps_vectors(op) and op.result.name not in weights:
             kept |= _in_memory(op.operands[0])
         elif op.name == "extract":
             kept |= _in_memory(op.operands[0]) if op.operands[0].op is not None and _is_costly(op.operands[0], kept) \
@@ -40,6 +41,22 @@ def plan(function: Function) -> set[str]:
                     uses[result.name] > 1 or _repeated(result, function)):
                 kept.add(result.name)
     return kept
+
+
+def _left_operands(body: Block, depth: dict[str, int]) -> set[str]:
+    """Left operands of matmuls in a loop that are made before it and would be computed again in each iteration."""
+    found: set[str] = set()
+    for op in ir.walk(body):
+        if op.name != "mma":
+            continue
+        value = op.operands[0]
+        while value.op is not None and value.op.name == "transpose":
+            value = value.op.operands[0]
+        in_place = value.op is not None and value.op.name == "load" and value.type.dtype.name == "f32"
+        if value.op is not None and value.op.name in _LAZY and not in_place and value.type.shape[0].const is not None \
+                and depth.get(value.name, 0) < depth.get(op.result.name, 0):
+            found.add(value.name)
+    return found
 
 
 def joined(function: Function) -> set[str]:
@@ -57,6 +74,27 @@ def joined(function: Function) -> set[str]:
                     uses[op.operands[1].name] == 1 and op.operands[0].type.valid[made.attrs["axis"]] is None and \
                     all(part.type == made.operands[0].type for part in made.operands):
                 found.add(made.result.name)
+    return found
+
+
+def _weights(body: Block) -> set[str]:
+    """Values that only right operands of matmuls outside loops are computed from: those read them across rows."""
+    users: dict[str, list[tuple[Op, int, bool]]] = {}
+
+    def visit(block: Block, in_loop: bool) -> None:
+        for op in block.ops:
+            for place, operand in enumerate(op.operands):
+                users.setdefault(operand.name, []).append((op, place, in_loop))
+            for region in op.regions:
+                visit(region, in_loop or op.name in ("for", "while"))
+
+    visit(body, False)
+    found: set[str] = set()
+    for op in reversed(list(ir.walk(body))):
+        if op.results and users.get(op.result.name) and all(
+                (user.name == "mma" and place == 1 and not in_loop) or
+                (user.name in _LAZY and user.result.name in found) for user, place, in_loop in users[op.result.name]):
+            found.add(op.result.name)
     return found
 
 
