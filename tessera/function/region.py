@@ -149,16 +149,22 @@ class _Step:
         values.update({index: flat[position] for position, index in self.changes})
 
 
-@dataclass(frozen=True)
 class _Input:
     """A tensor from outside the block; its version tells whether it was written since."""
 
-    tensor: Tensor
-    version: int
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
 
     @property
     def is_unchanged(self) -> bool:
         return self.tensor._version == self.version
+
+    def check(self) -> Tensor:
+        """The tensor, when it is what it was; autograd leaves this check to whoever packs what it saves."""
+        if not self.is_unchanged:
+            raise InputError(f"checkpoint_region: a tensor {list(self.tensor.shape)} that it read was changed in place "
+                             "before the backward pass")
+        return self.tensor
 
 
 class _Saved:
@@ -166,13 +172,13 @@ class _Saved:
 
     def __init__(self, tape: _Tape, index: int, tensor: Tensor) -> None:
         self.tape, self.index = tape, index
-        self.tensor: Tensor | None = tensor
+        self.kept: _Input | None = _Input(tensor)
 
 
-def _unpack(saved: Any) -> Tensor:
-    if isinstance(saved, Tensor):
-        return saved
-    return saved.tape.value(saved.index) if saved.tensor is None else saved.tensor
+def _unpack(saved: _Saved | _Input) -> Tensor:
+    if isinstance(saved, _Input):
+        return saved.check()
+    return saved.tape.value(saved.index) if saved.kept is None else saved.kept.check()
 
 
 class _Tape:
@@ -183,6 +189,7 @@ class _Tape:
         self.count = itertools.count()
         self.current: dict[Key, int] = {}  # the value that a piece of memory has now
         self.inputs: dict[int, _Input] = {}
+        self.written: set[int] = set()  # memory that was overwritten: what is read from it cannot be replayed
         self.steps: list[_Step] = []
         self.held: list[Tensor] = []  # while the block runs, no memory, and so no key, is used a second time
         self.saved: list[_Saved] = []
@@ -196,7 +203,7 @@ class _Tape:
         index = self.current.get(_key(x))
         if index is None:
             index = self._new(x)
-            self.inputs[index] = _Input(x.detach(), x._version)
+            self.inputs[index] = _Input(x)
         return _Ref(index)
 
     def _new(self, x: Tensor) -> int:
@@ -220,6 +227,7 @@ class _Tape:
     def _forget(self, x: Tensor) -> None:
         """Memory was written: the values that the tape knew there are no longer in it."""
         storage = x.untyped_storage()._cdata
+        self.written.add(storage)
         for key in [k for k in self.current if k[0] == storage]:
             del self.current[key]
 
@@ -238,7 +246,7 @@ class _Tape:
         """What autograd keeps for a tensor that it wants to save."""
         index = self.current.get(_key(x))
         if index is None or index in self.inputs:
-            return x
+            return _Input(x)
         self.saved.append(_Saved(self, index, x))
         return self.saved[-1]
 
@@ -246,13 +254,14 @@ class _Tape:
 
     def close(self) -> None:
         """Let go of everything that can be replayed, and of the steps that nobody needs."""
-        can: dict[int, bool] = {index: given.is_unchanged for index, given in self.inputs.items()}
+        can = {index: given.is_unchanged and given.tensor.untyped_storage()._cdata not in self.written
+               for index, given in self.inputs.items()}
         for step in self.steps:
             possible = all(can[source] for source in step.sources)
             can.update({index: possible for _, index in (*step.results, *step.changes)})
         for saved in self.saved:
             if can[saved.index]:
-                saved.tensor = None
+                saved.kept = None
                 self.uses[saved.index] += 1
         needed = set(self.uses)
         kept: list[_Step] = []
@@ -275,11 +284,7 @@ class _Tape:
         return entry[0]
 
     def _replay(self) -> None:
-        for given in self.inputs.values():
-            if not given.is_unchanged:
-                raise InputError(f"checkpoint_region: a tensor {list(given.tensor.shape)} that it read was changed in "
-                                 "place before the backward pass")
-        values = {index: given.tensor for index, given in self.inputs.items()}
+        values = {index: given.check() for index, given in self.inputs.items()}
         last = {source: i for i, step in enumerate(self.steps) for source in step.sources}
         with torch.no_grad():
             for i, step in enumerate(self.steps):
