@@ -2,17 +2,18 @@
 
     python bench/dist.py [--layers N] [--repetitions N]
 
-1. all_reduce on two ranks: ours (checks, watchdog, gradients) beside torch.distributed's own on the same gloo
-   group, taking turns.
+1. all_reduce on two ranks of this host: ours (shared memory; checks, watchdog and a new result included) beside
+   torch.distributed's own, in place, on a gloo group of the same processes, taking turns.
 2. Tokens a second of a model of SmolLM2's widths, TP 1 with two threads beside TP 2 with one each, at batch 1
-   and 8, fast and deterministic. Greedy tokens must be equal before anything is timed, and in the deterministic
-   mode logits must be equal to the bit.
+   and 8, fast and deterministic; jobs of one and of two ranks take turns. Greedy tokens must be equal before
+   anything is timed, and in the deterministic mode logits must be equal to the bit.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +25,9 @@ from common import machine, print_table, write_results
 
 import tessera as ts
 
-SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 20, 1 << 23)  # bytes
+SIZES = tuple(1 << bits for bits in range(10, 27, 2))  # bytes: 1 KiB to 64 MiB
 BATCHES = (1, 8)
-PROMPT, STEPS = 32, 16
+PROMPT, STEPS, TURNS = 32, 16, 3
 
 
 def config(n_layers: int) -> ts.GPTConfig:
@@ -39,25 +40,21 @@ def collectives(repetitions: int) -> dict[str, Any]:
     ts.init()
     mesh, out = ts.dist.mesh(), {}
     for size in SIZES:
-        x = torch.ones(size // 4)
-
-        def theirs(x: torch.Tensor = x) -> None:
-            torch_dist.all_reduce(x.clone())
-
-        def ours(x: torch.Tensor = x) -> None:
-            ts.dist.all_reduce(x, mesh)
-
+        x, place = torch.ones(size // 4), torch.zeros(size // 4)
         assert torch.equal(ts.dist.all_reduce(x, mesh), x * mesh.size())
-        times: dict[str, list[float]] = {"ours": [], "gloo": []}
-        for _ in range(repetitions):
-            for name, run in (("ours", ours), ("gloo", theirs)):
-                times[name].append(_seconds(run, 20 if size < 1 << 20 else 3))
+        runs: dict[str, Callable[[], object]] = {
+            "ours": functools.partial(ts.dist.all_reduce, x, mesh),
+            "gloo": functools.partial(torch_dist.all_reduce, place)}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(3 * repetitions if size < 1 << 22 else repetitions):
+            for name, run in runs.items():
+                times[name].append(_seconds(run, 50 if size < 1 << 20 else 3))
         out[str(size)] = {name: statistics.median(values) for name, values in times.items()}
     return out
 
 
-def generation(n_layers: int, repetitions: int) -> dict[str, Any]:
-    """Tokens a second of decode steps by batch and mode, with the tokens and logits for comparison."""
+def generation(n_layers: int) -> dict[str, Any]:
+    """Seconds of decode steps by batch and mode, with the tokens and logits for comparison."""
     ts.init()
     model = ts.GPTModel(config(n_layers), ts.dist.mesh()).eval()
     model.init_weights(seed=0)
@@ -69,14 +66,12 @@ def generation(n_layers: int, repetitions: int) -> dict[str, Any]:
         for name, mode in modes.items():
             with mode(), torch.no_grad():
                 found[name] = {"tokens": engine.generate(ids, 4, do_sample=False, eos_token_id=()).tolist(),
-                               "logits": model(ids)["logits"][:, -1, :512].tolist(), "seconds": []}
-        for _ in range(repetitions):
+                               "logits": model(ids)["logits"][:, -1, :512].tolist(), "seconds": list[float]()}
+        for _ in range(TURNS):
             for name, mode in modes.items():
                 with mode():
                     found[name]["seconds"].append(_decode(model, ids))
-        for name, values in found.items():
-            values["tokens_per_second"] = batch * STEPS / statistics.median(values.pop("seconds"))
-            out[f"{name}, batch {batch}"] = values
+        out.update({f"{name}, batch {batch}": values for name, values in found.items()})
     return out
 
 
@@ -89,7 +84,7 @@ def _decode(model: ts.GPTModel, ids: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _seconds(run: Callable[[], None], count: int) -> float:
+def _seconds(run: Callable[[], object], count: int) -> float:
     run()
     start = time.perf_counter()
     for _ in range(count):
@@ -100,23 +95,38 @@ def _seconds(run: Callable[[], None], count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     reduced = ts.dist.spawn(collectives, 2, options.repetitions, threads=1)[0]
     print_table(("all_reduce, 2 ranks", "ours us", "gloo us", "gloo/ours", "ours GB/s"), [
         (f"{int(size) >> 10} KiB", f"{t['ours'] * 1e6:.0f}", f"{t['gloo'] * 1e6:.0f}", f"{t['gloo'] / t['ours']:.2f}",
          f"{int(size) / t['ours'] / 1e9:.2f}") for size, t in reduced.items()])
-    one = ts.dist.spawn(generation, 1, options.layers, options.repetitions, threads=2)[0]
-    two = ts.dist.spawn(generation, 2, options.layers, options.repetitions, threads=1)[0]
-    for name in one:
-        assert one[name]["tokens"] == two[name]["tokens"], f"{name}: different tokens"
-        if "deterministic" in name:
-            assert one[name]["logits"] == two[name]["logits"], f"{name}: different bits"
+    results = decode(options.layers, options.repetitions)
     print_table(("decode, tokens/s", "TP 1 x 2 threads", "TP 2 x 1 thread", "TP 2 / TP 1"), [
-        (name, f"{one[name]['tokens_per_second']:.1f}", f"{two[name]['tokens_per_second']:.1f}",
-         f"{two[name]['tokens_per_second'] / one[name]['tokens_per_second']:.2f}") for name in one])
-    results = {name: {"tp1": one[name]["tokens_per_second"], "tp2": two[name]["tokens_per_second"]} for name in one}
+        (name, f"{found['tp1']:.1f}", f"{found['tp2']:.1f}", f"{found['tp2'] / found['tp1']:.2f}")
+        for name, found in results.items()])
+    print_table(("fast / deterministic", "TP 1", "TP 2"), [
+        (f"batch {batch}", *(f"{results[f'fast, batch {batch}'][tp] / results[f'deterministic, batch {batch}'][tp]:.2f}"
+                             for tp in ("tp1", "tp2"))) for batch in BATCHES])
     print("written:", write_results("dist", {"machine": machine(), "all_reduce": reduced, "decode": results}))
+
+
+def decode(n_layers: int, repetitions: int) -> dict[str, dict[str, float]]:
+    """Tokens a second at TP 1 and TP 2, by mode and batch; medians over jobs that take turns."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for _ in range(repetitions):
+        found = {tp: ts.dist.spawn(generation, n, n_layers, threads=2 // n)[0] for tp, n in (("tp1", 1), ("tp2", 2))}
+        for name, one in found["tp1"].items():
+            two = found["tp2"][name]
+            assert one["tokens"] == two["tokens"], f"{name}: different tokens"
+            assert one["logits"] == two["logits"] or "deterministic" not in name, f"{name}: different bits"
+            for tp in found:
+                seconds.setdefault((name, tp), []).extend(found[tp][name]["seconds"])
+    rates: dict[str, dict[str, float]] = {}
+    for (name, tp), values in seconds.items():
+        batch = int(name.rpartition(" ")[2])
+        rates.setdefault(name, {})[tp] = batch * STEPS / statistics.median(values)
+    return rates
 
 
 if __name__ == "__main__":

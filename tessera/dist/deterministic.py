@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera import ops
 from tessera.dist.collectives import all_gather, all_reduce
@@ -24,19 +25,57 @@ from tessera.ops.invariant import block_products, invariant, is_invariant, tree_
 
 
 @contextlib.contextmanager
-def deterministic(reduce_tree: str = "fixed") -> Iterator[None]:
+def deterministic(reduce_tree: str = "fixed", *, model: nn.Module | None = None) -> Iterator[None]:
     """Inside, equal weights and tokens give equal bits; see docs/determinism.md for what it costs.
 
     Args:
         reduce_tree: "fixed" is the only one there is.
+        model: one that will run inside, to be refused now rather than at its first forward pass.
 
     Raises:
         InputError: another reduce_tree.
+        UnsupportedError: the model is cut over ranks where the fixed tree cannot be.
     """
     if reduce_tree != "fixed":
         raise InputError(f"reduce_tree: {reduce_tree!r} given; expected 'fixed'")
+    if model is not None:
+        check_cuts(model)
     with invariant():
         yield
+
+
+def check_cuts(model: nn.Module) -> None:
+    """See that the fixed tree can be summed where a model is cut.
+
+    Raises:
+        UnsupportedError: a module's ranks end within a block of the tree.
+    """
+    for module in model.modules():
+        if isinstance(module, CutColumns) and module.blocks is not None:
+            leaf_ranges(module.blocks, module.sizes)
+
+
+@runtime_checkable
+class CutColumns(Protocol):
+    """A module whose ranks add partial products (models.gpt_plan); `blocks` are the leaves of the whole."""
+
+    blocks: Sequence[int] | None
+    sizes: Sequence[int]
+
+
+def refuse_gradient(x: Tensor, n_ranks: int) -> Tensor:
+    """x, which n_ranks have computed together in the deterministic mode; a backward pass through it is refused.
+
+    The ranks' parts of a gradient would be added in a tree over ranks, which one device does not have.
+    """
+    def refuse(_: Tensor) -> None:
+        raise UnsupportedError(
+            f"deterministic: gradients of a model cut over {n_ranks} tensor-parallel ranks are not the same bits as "
+            "those of a whole one; spread samples over data-parallel ranks (dist.GradientTree), or leave the mode")
+
+    if x.requires_grad:
+        x.register_hook(refuse)
+    return x
 
 
 def row_parallel_linear(
@@ -56,7 +95,8 @@ def row_parallel_linear(
         [..., O] in x's dtype, the same on every rank.
 
     Raises:
-        UnsupportedError: in the deterministic mode, when the ranks' columns do not end between blocks.
+        UnsupportedError: in the deterministic mode, when the ranks' columns do not end between blocks, and from
+            a backward pass.
     """
     if not is_invariant() or blocks is None:
         return all_reduce(ops.linear(x, weight, None, scale), mesh, axis=axis, replicated=True)
@@ -64,7 +104,7 @@ def row_parallel_linear(
     ranges = leaf_ranges(blocks, sizes)
     first, last = ranges[mesh.get_coordinate(axis)]
     leaves = block_products(x, weight, blocks[first:last])
-    return sum_leaves(leaves, ranges, mesh, axis).to(x.dtype)
+    return refuse_gradient(sum_leaves(leaves, ranges, mesh, axis).to(x.dtype), len(sizes))
 
 
 def leaf_ranges(blocks: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:

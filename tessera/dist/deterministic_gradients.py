@@ -18,7 +18,7 @@ from torch import Tensor
 from tessera.dist.collectives import all_gather
 from tessera.dist.mesh import Mesh
 from tessera.dist.tree import finish_tree, path_to
-from tessera.errors import InputError
+from tessera.errors import InputError, UnsupportedError
 
 
 class GradientTree:
@@ -30,12 +30,19 @@ class GradientTree:
     Args:
         parameters: whose gradients; those without one count as zeros.
         n_samples: of the whole batch, all ranks and accumulation steps together.
+
+    Raises:
+        InputError: n_samples below 1.
+        UnsupportedError: parameters are parts of a model that is cut over ranks.
     """
 
     def __init__(self, parameters: Iterable[Tensor], n_samples: int) -> None:
         if n_samples < 1:
             raise InputError(f"n_samples: {n_samples} given; expected at least 1")
         self.parameters = [p for p in parameters if p.requires_grad]
+        if any(getattr(p, "is_part", False) for p in self.parameters):
+            raise UnsupportedError("parameters: parts of a model that is cut over tensor-parallel ranks given; their "
+                                   "gradients are not the same bits at another number of ranks; expected a whole model")
         self.n_samples = n_samples
         self._nodes: dict[tuple[int, int], Tensor] = {}
         self._added: set[int] = set()

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from tessera import dist, ops
-from tessera.dist.deterministic import row_parallel_linear
+from tessera.dist.deterministic import check_cuts, refuse_gradient, row_parallel_linear
 from tessera.dist.spec import even_sizes
 from tessera.errors import InputError, UnsupportedError
 from tessera.models.config import GPTConfig
 from tessera.nn import Embedding, Linear
+from tessera.ops.invariant import is_invariant
 
 AXIS = "tp"
 
@@ -123,7 +124,8 @@ def shard(model: Any, mesh: dist.Mesh) -> None:
 
     Raises:
         InputError: the mesh does not fit the configuration.
-        UnsupportedError: see `share`; or the mesh has a pipeline axis.
+        UnsupportedError: see `share`; the mesh has a pipeline axis; or, in the deterministic mode, its ranks cut
+            within a block of the fixed tree.
     """
     config: GPTConfig = model.config
     n_ranks = _check_mesh(config, mesh)
@@ -151,6 +153,16 @@ def shard(model: Any, mesh: dist.Mesh) -> None:
         for half in (attn, mlp):
             half.register_forward_pre_hook(functools.partial(_enter, mesh))
     model.own_share = own
+    for parameter in model.parameters():
+        parameter.is_part = True  # for dist.GradientTree
+    model.register_forward_pre_hook(_check_mode)
+    _check_mode(model)
+
+
+def _check_mode(model: nn.Module, *_: Any) -> None:
+    """In the deterministic mode, refuse what it cannot honour before anything is computed."""
+    if is_invariant():
+        check_cuts(model)
 
 
 def common_seed(mesh: dist.Mesh) -> int | None:
@@ -313,7 +325,8 @@ class VocabEmbedding(Embedding):
 
 
 def _gather_logits(logits: Tensor, mesh: dist.Mesh, sizes: tuple[int, ...]) -> Tensor:
-    return dist.all_gather(logits, mesh, axis=AXIS, dim=logits.dim() - 1, sizes=sizes, replicated=True)
+    whole = dist.all_gather(logits, mesh, axis=AXIS, dim=logits.dim() - 1, sizes=sizes, replicated=True)
+    return refuse_gradient(whole, len(sizes)) if is_invariant() else whole
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocab: Cut, mesh: dist.Mesh) -> Tensor:

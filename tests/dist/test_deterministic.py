@@ -119,11 +119,18 @@ def test_what_cannot_be_honoured_is_refused():
             ts.dist.deterministic(reduce_tree="ring"):
         pass
     config = tp_ranks.config("llama", d_ffn=90, n_heads=16, n_kv_heads=16, head_dim=4)
+    refused = pytest.raises(
+        ts.errors.UnsupportedError, match=r"16 ranks cut 90 columns .* expected a mesh of at most 8 ranks")
     model = ts.GPTModel(config, ts.dist.mesh(16))
-    with ts.dist.deterministic(), pytest.raises(
-            ts.errors.UnsupportedError, match=r"16 ranks cut 90 columns .* expected a mesh of at most 8 ranks"):
-        model.blocks[0].mlp.down_proj(torch.ones(1, 1, model.own_share.ffn.size))
-    tree = ts.dist.GradientTree(model.parameters(), 2)
+    with refused, ts.dist.deterministic(model=model):
+        raise AssertionError("entered")
+    with ts.dist.deterministic(), refused:
+        model(torch.ones(1, 1, dtype=torch.int64))
+    with ts.dist.deterministic(), refused:
+        ts.GPTModel(config, ts.dist.mesh(16))
+    with pytest.raises(ts.errors.UnsupportedError, match="parts of a model that is cut"):
+        ts.dist.GradientTree(model.parameters(), 2)
+    tree = ts.dist.GradientTree(ts.GPTModel(config).parameters(), 2)
     tree.add(0)
     with pytest.raises(ts.InputError, match=r"sample: 0 given; expected one of 0\.\.1, each once"):
         tree.add(0)

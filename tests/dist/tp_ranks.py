@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -94,7 +95,13 @@ def forward(shapes: list[str], seed: int, is_deterministic: bool) -> dict[str, A
             out["cache"] = model.new_cache(1).n_kv_heads
             out["nbytes"] = sum(p.nbytes for p in model.parameters())
             gpt_plan.share_gradients(model, mesh)
-            out["gradients"], out["cuts"] = gradients(model, tokens), gpt_plan.cuts(model)
+            out["cuts"] = gpt_plan.cuts(model)
+            if is_deterministic:
+                with pytest.raises(ts.errors.UnsupportedError, match=f"model cut over {mesh.size()} tensor-parallel"):
+                    gradients(model, tokens)
+                assert all(p.grad is None for p in model.parameters())
+            else:
+                out["gradients"] = gradients(model, tokens)
             found[shape] = out
     return found
 
