@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.types import Tile, f32
+
+_LOG2_E = math.log2(math.e)
 
 
 @kernel
@@ -22,7 +25,7 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
     Args:
         q, out: [B, H, S, D].
         k, v: [B, H_kv, T, D]; H_kv divides H.
-        scale: of the scores, usually 1 / sqrt(D).
+        scale: of the scores, usually 1 / sqrt(D); > 0.
         causal: the last query sees all keys, each one before it one key less.
         lse: [B, H, S] f32, written: the logarithm of the sum that each row was divided by; -inf where it is zero.
         window: with causal: a query sees itself and the window - 1 keys before it; >= 1.
@@ -30,6 +33,7 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
     """
     ctx = tile.context()
     rows, columns = ctx.block_m, ctx.block_n
+    factor = scale * _LOG2_E
     for batch, head, block in tile.grid(ctx.B, ctx.H, tile.cdiv(ctx.S, rows)):
         first = block * rows
         place = first + ctx.T - ctx.S  # where the first query of the block stands among the keys
@@ -38,31 +42,31 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
         top = tile.full((rows,), -float("inf"), f32)
         total = tile.zeros((rows,), f32)
         if sinks is not None:
-            top = tile.zeros((rows,), f32) + tile.cast(tile.load(sinks[head]), f32)
+            top = tile.zeros((rows,), f32) + tile.cast(tile.load(sinks[head]), f32) / scale
             total = tile.full((rows,), 1.0, f32)
         result = tile.zeros((rows, ctx.D), f32)
-        begin = 0
+        begin, end = 0, ctx.T
+        if causal:
+            end = tile.minimum(ctx.T, place + rows)
         if window is not None:
             begin = tile.maximum(place - window + 1, 0) // columns * columns
-        for start in tile.range(begin, ctx.T, columns):
-            if causal and start > place + rows - 1:
-                break
-            keys = tile.load(k[batch, shared, start:start + columns])
-            scores = tile.mma(queries, tile.transpose(keys)) * scale
-            if causal:
+        for start in tile.range(begin, end, columns):
+            scores = tile.mma(queries, tile.transpose(tile.load(k[batch, shared, start:start + columns])))
+            # Only the blocks on the diagonal, and at the far end of the window, have keys that are hidden.
+            if causal and start + columns > place + 1:
                 scores = tile.apply_causal_mask(scores, place, start)
-            if window is not None:
+            if window is not None and start <= place + rows - 1 - window:
                 ages = (tile.arange(rows) + place)[:, None] - (tile.arange(columns) + start)[None, :]
                 scores = tile.where(ages < window, scores, -float("inf"))
             new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
             # A row that has seen only masked keys has -inf here, and -inf - -inf would be NaN.
             safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
-            weights = tile.exp(scores - safe_top[:, None])
-            shrink = tile.exp(top - safe_top)
+            weights = tile.exp2(tile.fma(scores, factor, (safe_top * -factor)[:, None]))
+            shrink = tile.exp2((top - safe_top) * factor)
             total = total * shrink + tile.reduce_sum(weights, axis=-1)
             result = result * shrink[:, None] + tile.mma(weights, tile.load(v[batch, shared, start:start + columns]))
             top = new_top
         divisor = tile.where(total == 0.0, 1.0, total)
         tile.store(out[batch, head, first:first + rows], result / divisor[:, None])
         if lse is not None:
-            tile.store(lse[batch, head, first:first + rows], top + tile.log(total))
+            tile.store(lse[batch, head, first:first + rows], top * scale + tile.log(total))

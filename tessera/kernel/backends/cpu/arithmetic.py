@@ -176,15 +176,23 @@ class Arithmetic:
         x, y, z = self._same(a, b, c)
         return self.intrinsic("llvm.fma", [x, y, z], z.ty)
 
-    def min(self, a: Operand, b: Operand) -> Val:
+    def min(self, a: Operand, b: Operand, *, signed_zeros: bool = True) -> Val:
         """The smaller; signed for integers, NaN if either is NaN for floats."""
-        x, y = self._same(a, b)
-        return self.intrinsic("llvm.minimum" if is_float(x.ty) else "llvm.smin", [x, y], x.ty)
+        return self._extreme("min", *self._same(a, b), signed_zeros)
 
-    def max(self, a: Operand, b: Operand) -> Val:
-        """The larger; signed for integers, NaN if either is NaN for floats."""
-        x, y = self._same(a, b)
-        return self.intrinsic("llvm.maximum" if is_float(x.ty) else "llvm.smax", [x, y], x.ty)
+    def max(self, a: Operand, b: Operand, *, signed_zeros: bool = True) -> Val:
+        """The larger; signed for integers, NaN if either is NaN for floats.
+
+        Args:
+            signed_zeros: -0.0 is smaller than 0.0, which takes two instructions more.
+        """
+        return self._extreme("max", *self._same(a, b), signed_zeros)
+
+    def _extreme(self, kind: str, x: Val, y: Val, signed_zeros: bool) -> Val:
+        if not is_float(x.ty):
+            return self.intrinsic(f"llvm.s{kind}", [x, y], x.ty)
+        callee = self.module.declare(f"llvm.{kind}imum.{mangle(x.ty)}", x.ty, [x.ty, x.ty])
+        return self.emit(f"call {'' if signed_zeros else 'nsz '}{x.ty} @{callee.name}({x}, {y})", x.ty)
 
     def abs(self, a: Val) -> Val:
         """|a|."""

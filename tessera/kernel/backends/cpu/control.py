@@ -19,6 +19,7 @@ from tessera.kernel.ir import Block, Op, Value
 
 LowerBlock = Callable[[Context, Block], None]
 _ALIGNED = ir.ELEMENTWISE | {"rand"}
+_OWNED = frozenset("mma scan sort insert concat".split())  # operations with a buffer of their own for their result
 
 
 def lower_for(ctx: Context, op: Op, lower_block: LowerBlock) -> None:
@@ -70,17 +71,17 @@ def lower_while(ctx: Context, op: Op, lower_block: LowerBlock) -> None:
 
 def lower_if(ctx: Context, op: Op, lower_block: LowerBlock) -> None:
     """if(c) {then} {else}: tiles come out in buffers, scalars in registers."""
-    buffers = {r.name: ctx.buffer(r) for r in op.results if r.type.rank}
+    buffers = {r.name: _changed_in_place(ctx, op, i) or ctx.buffer(r) for i, r in enumerate(op.results) if r.type.rank}
     condition = ctx.scalars[op.operands[0].name]
 
     def arm(region: Block) -> list[Val]:
         lower_block(ctx, region)
         given = []
         for value, result in zip(region.terminator.operands, op.results):
-            if result.type.rank:
-                write(ctx, buffers[result.name], value)
-            else:
+            if not result.type.rank:
                 given.append(ctx.scalars[value.name])
+            elif ctx.memory.get(value.name) is not buffers[result.name]:
+                write(ctx, buffers[result.name], value)
         return given
 
     with ctx.b.if_(condition) as branch, ctx.scope():
@@ -90,6 +91,30 @@ def lower_if(ctx: Context, op: Op, lower_block: LowerBlock) -> None:
     ctx.memory.update(buffers)
     for result, value in zip([r for r in op.results if not r.type.rank], branch.results):
         ctx.scalars[result.name] = value
+
+
+def _changed_in_place(ctx: Context, op: Op, number: int) -> Memory | None:
+    """The memory of a tile that one arm hands on as it is and the other changes, if nobody else reads it.
+
+    `if late: scores = mask(scores)` then costs nothing where it is not late.
+    """
+    yields = [region.terminator.operands for region in op.regions]
+    for kept, changed in (yields, yields[::-1]):
+        old, new = kept[number], changed[number]
+        made = old.op
+        if made is None or made.name not in _OWNED or old.type != op.results[number].type or old.name not in ctx.memory:
+            continue
+        inside = [inner for region in op.regions for inner in ir.walk(region)]
+        users = [user for user in ir.walk(ctx.function.body) if old in user.operands]
+        if all(user in inside for user in users) and _reads_own_place(ctx, changed, new, old):
+            return ctx.memory[old.name]
+    return None
+
+
+def _reads_own_place(ctx: Context, yielded: Sequence[Value], new: Value, old: Value) -> bool:
+    """Whether `new` alone reads `old`, each element its own position."""
+    return new.op is not None and _reads(ctx, new).get(old.name, False) and \
+        not any(old.name in _reads(ctx, other) for other in yielded if other is not new)
 
 
 def loop_while(ctx: Context, start: Sequence[Val], test: Callable[[Sequence[Val]], Val],

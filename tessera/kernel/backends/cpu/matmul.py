@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tessera.kernel import ir
-from tessera.kernel.backends.cpu import emit, mma, skinny
+from tessera.kernel.backends.cpu import emit, mma, resident, skinny
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory, register_type
 from tessera.kernel.backends.cpu.elements import Point, element, store
 from tessera.kernel.backends.cpu.emit import F32, Val
@@ -19,6 +19,7 @@ from tessera.kernel.backends.cpu.mma_dot import dot_unit
 from tessera.kernel.backends.cpu.mma_pack import Source, strided
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import ELEMENTWISE, Op, Value
+from tessera.types import f32
 
 
 def lower_mma(ctx: Context, op: Op) -> None:
@@ -29,7 +30,7 @@ def lower_mma(ctx: Context, op: Op) -> None:
         write(ctx, memory, result, lambda point: element(ctx, op.operands[2], point))
     ctx.memory[result.name] = memory
     if register_type(result.type.dtype) == F32:
-        _blocked(ctx, op, memory)
+        (_resident if resident.fits(op) and _in_loop(ctx, op) else _blocked)(ctx, op, memory)
     else:
         sweep(ctx, result.type, [], lambda point: _dot(ctx, op, point), 2 * vector_lanes(ctx))
 
@@ -49,7 +50,8 @@ def _blocked(ctx: Context, op: Op, memory: Memory) -> None:
     m, n, k = ctx.size(type_.extent(type_.rank - 2)), ctx.size(type_.extent(type_.rank - 1)), inner_extent(ctx, op)
     scratch = ctx.scratch(_scratch_bytes(ctx, type_.shape[-2]))
     dot = dot_unit(op.operands[0].type.dtype, op.operands[1].type.dtype, ctx.target)
-    few = ctx.scratch(skinny.scratch_bytes()) if dot is not None and _may_be_skinny(ctx, op) else None
+    # The products of a loop have no weights that few rows share: their blocks are packed anyway.
+    few = ctx.scratch(skinny.scratch_bytes()) if dot is not None and not _in_loop(ctx, op) else None
 
     def nest(batch: tuple[Val, ...]) -> None:
         if len(batch) < type_.rank - 2:
@@ -76,10 +78,40 @@ def _blocked(ctx: Context, op: Op, memory: Memory) -> None:
     nest(())
 
 
-def _may_be_skinny(ctx: Context, op: Op) -> bool:
-    """Whether a product reads weights that a few rows may share: not one of a loop, whose blocks are packed anyway."""
-    return not any(inner is op for loop in ir.walk(ctx.function.body) if loop.name in ("for", "while")
-                   for region in loop.regions for inner in ir.walk(region))
+def _in_loop(ctx: Context, op: Op) -> bool:
+    return any(inner is op for loop in ir.walk(ctx.function.body) if loop.name in ("for", "while")
+               for region in loop.regions for inner in ir.walk(region))
+
+
+def _resident(ctx: Context, op: Op, memory: Memory) -> None:
+    """Blocks that a loop works on."""
+    a, w, type_ = op.operands[0], op.operands[1], op.result.type
+    sizes = ctx.size(type_.extent(type_.rank - 2)), ctx.size(type_.extent(type_.rank - 1)), inner_extent(ctx, op)
+    scratch = ctx.scratch(resident.scratch_bytes(ctx, op))
+    left = _in_f32(ctx, a)
+
+    def nest(batch: tuple[Val, ...]) -> None:
+        if len(batch) < type_.rank - 2:
+            with each(ctx, ctx.size(type_.extent(len(batch)))) as index:
+                nest((*batch, index))
+            return
+        right = _source(ctx, w, batch if w.type.rank > 2 else (), lanes_axis=1)
+        resident.multiply(ctx, op, left, right, memory, batch, sizes, scratch)
+
+    nest(())
+
+
+def _in_f32(ctx: Context, value: Value) -> Memory:
+    """A value as f32 in memory: where it is, or written to scratch first."""
+    memory = _as_memory(ctx, value)
+    if memory is not None and memory.dtype.name == "f32":
+        return memory
+    if value.op is not None and value.op.name == "transpose":
+        source = _in_f32(ctx, value.op.operands[0])
+        return replace(source, strides=tuple(source.strides[p] for p in value.op.attrs["perm"]))
+    memory = ctx.buffer(value, f32)
+    write(ctx, memory, value)
+    return memory
 
 
 def _scratch_bytes(ctx: Context, rows: Dim) -> Dim:

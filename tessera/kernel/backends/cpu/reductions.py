@@ -182,7 +182,9 @@ class _Rule:
         a, c = x[0], y[0]
         if self.kind in ("sum", "mean"):
             return [b.add(a, c, contract=False)]
-        return [{"max": b.max, "min": b.min, "any": b.or_, "all": b.and_}[self.kind](a, c)]
+        if self.kind in ("max", "min"):
+            return [(b.max if self.kind == "max" else b.min)(a, c, signed_zeros=False)]
+        return [(b.or_ if self.kind == "any" else b.and_)(a, c)]
 
     def _better(self, x: State, y: State) -> State:
         """The larger (smaller) value, a NaN before all, the first index among equals."""

@@ -273,7 +273,8 @@ def _tree(terms: Sequence[Val], combine: Callable[[Val, Val], Val]) -> Val:
 
 
 def _apply(b: Builder, op: str, x: Val, y: Val) -> Val:
-    return {"sum": b.add, "max": b.max, "min": b.min, "prod": b.mul}[op](x, y)
+    combine: dict[str, Callable[[Val, Val], Val]] = {"sum": b.add, "max": b.max, "min": b.min, "prod": b.mul}
+    return combine[op](x, y)
 
 
 def _emit_sync(module: Module, n_ranks: int) -> Function:
