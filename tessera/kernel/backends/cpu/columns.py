@@ -44,13 +44,28 @@ def step(ctx: Context, root: Val, factor: int, offset: int) -> Val:
     return known
 
 
+def aligned(ctx: Context, value: Val, factor: int) -> Val:
+    """An index that is known to be a multiple of `factor`."""
+    return value if value.const is not None else Step(value, ctx.b.udiv(value, factor), factor, 0)
+
+
+def is_aligned(index: Val, lanes: int) -> bool:
+    """Whether an index is known to be a multiple of `lanes`."""
+    if isinstance(index, Step):
+        return index.factor % lanes == 0 and index.offset % lanes == 0
+    return index.const is not None and index.const % lanes == 0
+
+
 def merge_index(ctx: Context, position: Val, size: Val, index: Val) -> Val:
     """position * size + index, where possible as a step."""
     if position.const == 0:
         return index
     if isinstance(position, Step) and size.const is not None and index.const is not None:
         return step(ctx, position.root, position.factor * size.const, position.offset * size.const + index.const)
-    return ctx.b.add(ctx.b.mul(position, size), index)
+    merged = ctx.b.add(ctx.b.mul(position, size), index)
+    if isinstance(index, Step) and size.const is not None and size.const % index.factor == index.offset == 0:
+        return aligned(ctx, merged, index.factor)
+    return merged
 
 
 def split_index(ctx: Context, position: Val, size: Val) -> tuple[Val, Val]:
@@ -62,7 +77,10 @@ def split_index(ctx: Context, position: Val, size: Val) -> tuple[Val, Val]:
         # The rest is a step as well: of the one block 0, as long as the dim.
         return (step(ctx, position.root, position.factor // size.const, quotient),
                 step(ctx, emit.const(0, I64), size.const, rest))
-    return ctx.b.udiv(position, size), ctx.b.urem(position, size)
+    quotient, remainder = ctx.b.udiv(position, size), ctx.b.urem(position, size)
+    if isinstance(position, Step) and size.const and size.const % position.factor == position.offset == 0:
+        remainder = aligned(ctx, remainder, position.factor)
+    return quotient, remainder
 
 
 def run_elements(memory: Memory) -> int:

@@ -44,13 +44,15 @@ def register_type(dtype: DType) -> str:
 class Memory:
     """A window on memory: address, element strides and the dtype of what lies there.
 
-    `offset` counts elements from the address; only packed int4 needs it, whose elements have no addresses.
+    `offset` counts elements from the address; only packed int4 needs it, whose elements have no addresses. With
+    `starts_byte` it is known to be even, and so are the distances of rows.
     """
 
     pointer: Val
     strides: tuple[Val, ...]
     dtype: DType
     offset: Val = ZERO
+    starts_byte: bool = True
 
     def address(self, b: Builder, indices: Sequence[Val]) -> Val:
         """The address of one element."""

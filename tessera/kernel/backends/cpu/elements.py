@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tessera.errors import UnsupportedError
 from tessera.kernel.backends.cpu import emit, vmath
-from tessera.kernel.backends.cpu.columns import load_across, merge_index, split_index
+from tessera.kernel.backends.cpu.columns import is_aligned, load_across, merge_index, split_index
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
 from tessera.kernel.backends.cpu.storage import from_storage, load_first, round_to, store_first, to_storage
@@ -78,7 +78,7 @@ def produce(ctx: Context, value: Value, point: Point) -> Val:
         return _iota(ctx, op, point)
     if name == "gather":
         return _gather(ctx, op, point)
-    if name == "reshape" and point.axis is not None and point.axis in _renumbered(op):
+    if name == "reshape" and point.axis is not None and point.axis in _renumbered(op) and not _stays_inside(op, point):
         return _lane_by_lane(ctx, value, point)
     operands = [element(ctx, operand, at) for operand, at in operand_points(ctx, op, point)]
     if name in ("broadcast", "transpose", "reshape", "slice", "full"):
@@ -164,6 +164,18 @@ def _renumbered(op: Op) -> range:
     return range(prefix, end)
 
 
+def _stays_inside(op: Op, point: Point) -> bool:
+    """Whether lanes along the innermost dim that a reshape splits or merges are neighbours on the other side too."""
+    axis = point.axis
+    source, result, middle = op.operands[0].type, op.result.type, _renumbered(op)
+    if axis is None or axis != middle.stop - 1 or middle.stop + source.rank - result.rank <= middle.start:
+        return False
+    extents = [source.shape[axis + source.rank - result.rank].const, result.shape[axis].const]
+    known = [extent for extent in extents if extent is not None]
+    return bool(known) and all(extent % point.lanes == 0 for extent in known) and \
+        is_aligned(point.indices[axis], point.lanes)
+
+
 def _through_reshape(ctx: Context, op: Op, point: Point) -> Point:
     """The dims that change are renumbered through their row-major position; the kept ones pass."""
     source, result = op.operands[0].type, op.result.type
@@ -185,6 +197,7 @@ def _through_reshape(ctx: Context, op: Op, point: Point) -> Point:
     if middle.stop + shift > middle.start:
         indices.insert(0, position)
     axis = point.axis if point.axis is None or point.axis < middle.start else point.axis + shift
+    # Lanes on a dim that changes stay inside the innermost one (`_stays_inside`).
     return point.pick([*point.indices[:middle.start], *indices, *point.indices[middle.stop:]], axis)
 
 
@@ -253,10 +266,16 @@ def _lane_pointers(ctx: Context, memory: Memory, point: Point) -> Val:
 
 def _load_int4(ctx: Context, memory: Memory, point: Point) -> Val:
     """Two values a byte, the even index in the low nibble, both signed."""
-    b = ctx.b
+    b, axis = ctx.b, point.axis
     offset = memory.offset
     for index, stride in zip(point.indices, memory.strides):
         offset = b.add(offset, b.mul(index, stride))
+    if axis is not None and memory.strides[axis].const == 1 and memory.starts_byte and point.mask is None and \
+            is_aligned(point.indices[axis], 2):
+        pairs = b.load(b.gep(memory.pointer, b.lshr(offset, 1), emit.I8), emit.vec(point.lanes // 2, emit.I8))
+        halves = b.ashr(b.shl(pairs, 4), 4), b.ashr(pairs, 4)
+        order = [i + half for i in range(point.lanes // 2) for half in (0, point.lanes // 2)]
+        return b.cast("sext", b.shuffle(*halves, order), I32)
     if point.axis is not None:
         offset = b.add(b.mul(b.iota(point.lanes), memory.strides[point.axis]), offset)
         pointers = b.gep(memory.pointer, b.lshr(offset, 1), emit.I8)

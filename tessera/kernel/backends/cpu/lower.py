@@ -167,7 +167,8 @@ def _view(ctx: Context, op: Op) -> None:
         offset = base.offset
         for index, stride in zip(indices, base.strides):
             offset = b.add(offset, b.mul(index, stride))
-        ctx.memory[op.result.name] = Memory(base.pointer, tuple(strides), base.dtype, offset)
+        even = base.starts_byte and indices[-1].const is not None and indices[-1].const % 2 == 0
+        ctx.memory[op.result.name] = Memory(base.pointer, tuple(strides), base.dtype, offset, even)
         return
     ctx.memory[op.result.name] = Memory(base.address(b, indices), tuple(strides), base.dtype)
 

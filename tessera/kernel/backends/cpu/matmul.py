@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu import emit, mma, resident, skinny
+from tessera.kernel.backends.cpu.columns import aligned
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory, register_type
 from tessera.kernel.backends.cpu.elements import Point, element, store
 from tessera.kernel.backends.cpu.emit import F32, Val
@@ -131,7 +132,8 @@ def _source(ctx: Context, value: Value, batch: tuple[Val, ...], lanes_axis: int)
 
     def read(at_lane: Val, at_k: Val, count: int, along_k: bool) -> Val:
         indices = [*batch, ZERO, ZERO]
-        indices[lane], indices[k] = at_lane, at_k
+        # Vectors along k start at multiples of their length.
+        indices[lane], indices[k] = at_lane, aligned(ctx, at_k, count) if count and along_k else at_k
         with ctx.scope():
             point = Point(tuple(indices), (k if along_k else lane) if count else None, count)
             x = element(ctx, value, point)
