@@ -71,6 +71,7 @@ def _compiled(body: Callable[..., Any], decorator: str, *, dynamic: bool | None 
             return body(*args, **kwargs)  # a mode that looks on (FakeTensors, a checkpoint_region) sees no graph
         if compiled is None:
             backend = _backend(f"ts.{decorator}: {body.__qualname__}")
+            _leave_kernels_alone()
             compiled = torch.compile(body, backend=backend, dynamic=dynamic, fullgraph=one_graph)
         if not one_graph:
             return compiled(*args, **kwargs)
@@ -85,6 +86,14 @@ def _compiled(body: Callable[..., Any], decorator: str, *, dynamic: bool | None 
     return run
 
 
+@functools.cache
+def _leave_kernels_alone() -> None:
+    """Launch kernels between the graphs: traced, a launch would lead torch through our compiler."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.add("tessera.kernel")
+
+
 def _backend(who: str) -> Callable[..., Any]:
     """What torch.compile gives its graphs to: the inductor, or on its failure the graph itself."""
     warned = False
@@ -92,8 +101,10 @@ def _backend(who: str) -> Callable[..., Any]:
     def compile_graph(graph: Any, inputs: Sequence[Any]) -> Any:
         nonlocal warned
         global _no_compiler
-        from torch._inductor.compile_fx import compile_fx
-        from torch._inductor.exc import InvalidCxxCompiler
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what the inductor imports
+            from torch._inductor.compile_fx import compile_fx
+            from torch._inductor.exc import InvalidCxxCompiler
 
         if _no_compiler is not None:
             return graph.forward

@@ -43,10 +43,15 @@ def active_precision() -> ActivePrecision | None:
 
     The open contexts are torch's own stack of function modes, which torch.compile traces as it is.
     """
+    mode = _innermost()
+    return None if mode is None else mode.types
+
+
+def _innermost() -> _Mode | None:
     for i in reversed(range(torch._C._len_torch_function_stack())):
         mode = torch._C._get_function_stack_at(i)
         if isinstance(mode, _Mode):
-            return mode.types
+            return mode
     return None
 
 
@@ -83,12 +88,15 @@ class precision:
         self._open: list[_Mode] = []
 
     def __enter__(self) -> ActivePrecision:
-        self._open.append(_Mode(self.types))
-        self._open[-1].__enter__()
+        mode = _Mode(self.types, outer=_innermost())
+        self._open.append(mode)
+        mode.__enter__()
         return self.types
 
     def __exit__(self, *error: Any) -> None:
-        self._open.pop().__exit__(*error)
+        mode = self._open.pop()
+        mode.__exit__(*error)
+        mode.uncover()
 
     def __call__(self, function: Callable[..., Any]) -> Any:
         """Decorate a function: its body runs inside."""
@@ -115,16 +123,24 @@ _SUMS = frozenset(("sum", "mean", "nansum", "nanmean", "cumsum", "logsumexp", "n
 class _Mode(TorchFunctionMode):
     """Brings operands to the compute type and results back from the accumulate type."""
 
-    def __init__(self, types: ActivePrecision) -> None:
+    def __init__(self, types: ActivePrecision, outer: _Mode | None) -> None:
         super().__init__()
-        self.types = types
+        self.types, self.outer, self.is_covered = types, outer, False
+        if outer is not None:
+            outer.is_covered = True  # what this one calls would come to the outer one next
+
+    def uncover(self) -> None:
+        """Hand back to the context around it."""
+        if self.outer is not None:
+            self.outer.is_covered = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         is_product = name in _PRODUCTS
-        if not is_product and (name not in _SUMS or kwargs.get("dtype") is not None):
+        is_sum = name in _SUMS and kwargs.get("dtype") is None
+        if self.is_covered or not (is_product or is_sum):
             return func(*args, **kwargs)
         if kwargs.get("out") is not None:
             raise UnsupportedError(f"{name}: out= cannot be given inside ts.precision")

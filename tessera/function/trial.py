@@ -314,10 +314,11 @@ class _Maker:
             NoValue: the annotation says nothing that a value follows from.
         """
         members = typing.get_args(annotation)
-        if type(None) in members or annotation is None:
+        if type(None) in members:
             return None
         if annotation is int:
-            return self.sizes.of(path) if self.sizes.plain_int is None or "." in path else self.sizes.plain_int
+            stays = self.sizes.plain_int is None or path in self.sizes.numbers
+            return self.sizes.of(path) if stays else self.sizes.plain_int
         known = {float: 0.5, bool: False, DType: f32, torch.dtype: torch.float32, torch.device: torch.device("cpu")}
         if annotation in known if isinstance(annotation, collections.abc.Hashable) else False:
             return known[annotation]
