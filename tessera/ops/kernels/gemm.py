@@ -48,3 +48,17 @@ def gemm_add_kernel(a: Tile["M", "K"], b: Tile["K", "N"], out: Tile["M", "N"]):
         out: [M, N], read and written.
     """
     tile.store(out, tile.load(out) + tile.mma(tile.load(a), tile.load(b)))
+
+
+@kernel
+def batched_gemm_kernel(a: Tile["B", "M", "K"], b: Tile["B", "K", "N"], out: Tile["B", "M", "N"]):
+    """out[i] = a[i] @ b[i] for each i of the batch, accumulated in f32, rounded once.
+
+    Args:
+        a: [B, M, K].
+        b: [B, K, N].
+        out: [B, M, N].
+    """
+    ctx = tile.context()
+    for batch in tile.grid(ctx.B):
+        tile.store(out[batch], tile.mma(tile.load(a[batch]), tile.load(b[batch])))

@@ -1,0 +1,124 @@
+"""Matrix products whose sums are taken in a stated type.
+
+In: two tensors. Out: their product, rounded once. User code and nn call them; models' linear maps go through
+`ops.linear`.
+
+On a CPU, products of 16-bit types are tile kernels (torch's own convert one element at a time where the processor
+has no instructions for them); those of wider types are torch's, which run at the machine's peak.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.errors import ShapeError, UnsupportedError
+from tessera.function.precision import active_precision
+from tessera.ops.kernels.gemm import batched_gemm_kernel
+from tessera.ops.registration import Operation
+from tessera.types import DType, dtype_of
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def matmul(
+    a: Tensor, b: Tensor, accumulate_dtype: DType | torch.dtype | str | None = None,
+    out_dtype: DType | torch.dtype | str | None = None,
+) -> Tensor:
+    """a @ b with the sums in `accumulate_dtype`, rounded once to `out_dtype`.
+
+    Args:
+        a: [..., M, K] or [K].
+        b: [..., K, N] or [K], of a's dtype; leading dims broadcast.
+        accumulate_dtype: f32 or f64, at least as wide as the inputs; int32 for int8 inputs. By default what
+            `ts.precision` says, else f32 (f64 for f64, int32 for int8).
+        out_dtype: by default the inputs' dtype; int32 for int8.
+
+    Returns:
+        [..., M, N].
+
+    Raises:
+        ShapeError: the shapes do not fit, or the dtypes differ.
+        UnsupportedError: sums in a narrower type were asked for.
+    """
+    if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-2 if b.dim() > 1 else 0]:
+        raise ShapeError(f"b: {list(b.shape)} given for a {list(a.shape)}; expected [..., "
+                         f"{a.shape[-1] if a.dim() else 'K'}, N]")
+    if a.dtype is not b.dtype:
+        raise ShapeError(f"b: {b.dtype} given for a {a.dtype}; expected one dtype")
+    active = active_precision()
+    if active is not None and a.is_floating_point():
+        a, b = a.to(active.compute), b.to(active.compute)
+    sums = _sums_in(a.dtype, accumulate_dtype or (active.accumulate if active else None))
+    result = a.dtype if out_dtype is None else dtype_of(out_dtype).torch
+    if a.dtype is torch.int8:
+        return torch.matmul(a.int(), b.int()).to(torch.int32 if out_dtype is None else result)
+    if a.dtype in _HALVES and sums is torch.float32 and a.dim() > 1 and b.dim() > 1 and result in (a.dtype, sums):
+        return _product(a, b, result is sums)
+    if sums is a.dtype:
+        return torch.matmul(a, b).to(result)
+    return torch.matmul(a.to(sums), b.to(sums)).to(result)
+
+
+def gemm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of [..., K] and a matrix [K, N], with sums in f32 (f64 for f64, int32 for int8); see `matmul`.
+
+    Raises:
+        ShapeError: b is no matrix that fits.
+    """
+    if b.dim() != 2:
+        raise ShapeError(f"b: {list(b.shape)} given; expected a matrix [K, N]")
+    return matmul(a, b)
+
+
+def _sums_in(dtype: torch.dtype, wanted: DType | torch.dtype | str | None) -> torch.dtype:
+    """The type of the sums of products of `dtype`, as asked for."""
+    natural = {torch.float64: torch.float64, torch.int8: torch.int32}.get(dtype, torch.float32)
+    if wanted is None:
+        return natural
+    sums = dtype_of(wanted)
+    allowed = (torch.float32, torch.float64) if natural is torch.float32 else (natural,)
+    if sums.torch not in allowed:
+        names = " or ".join(repr(dtype_of(each)) for each in allowed)
+        raise UnsupportedError(f"accumulate_dtype: {sums} given for {dtype} inputs; expected {names}")
+    return sums.torch
+
+
+def _product(a: Tensor, b: Tensor, wide: bool) -> Tensor:
+    """The broadcast batches of a and b as one, through the operation, and back."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if b.dim() == 2:  # one matrix for all rows
+        rows_1MK = a.reshape(1, -1, a.shape[-1])
+        return _matmul_op(rows_1MK, b.unsqueeze(0), wide).view(*a.shape[:-1], b.shape[-1])
+    a_BMK = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
+    b_BKN = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    return _matmul_op(a_BMK, b_BKN, wide).view(*batch, a.shape[-2], b.shape[-1])
+
+
+def _fake(a_BMK: Tensor, b_BKN: Tensor, wide: bool) -> Tensor:
+    return a_BMK.new_empty(a_BMK.shape[0], a_BMK.shape[1], b_BKN.shape[2], dtype=torch.float32 if wide else a_BMK.dtype)
+
+
+def _run(a_BMK: Tensor, b_BKN: Tensor, wide: bool) -> Tensor:
+    if not a_BMK.is_cpu:
+        return _reference(a_BMK, b_BKN, wide)
+    out_BMN = _fake(a_BMK, b_BKN, wide)
+    batched_gemm_kernel(a_BMK, b_BKN, out_BMN)
+    return out_BMN
+
+
+def _reference(a_BMK: Tensor, b_BKN: Tensor, wide: bool) -> Tensor:
+    sums = torch.float64 if a_BMK.dtype is torch.float64 else torch.float32
+    out_BMN = torch.bmm(a_BMK.to(sums), b_BKN.to(sums))
+    return out_BMN if wide else out_BMN.to(a_BMK.dtype)
+
+
+def _backward(saved: list[Tensor], grad_BMN: Tensor) -> tuple[Tensor, Tensor, None]:
+    a_BMK, b_BKN = saved
+    grad_BMN = grad_BMN.to(a_BMK.dtype)
+    return _matmul_op(grad_BMN, b_BKN.mT, False), _matmul_op(a_BMK.mT, grad_BMN, False), None
+
+
+_matmul_op = Operation(
+    "matmul(Tensor a, Tensor b, bool wide) -> Tensor", kernel=_run, reference=_reference, fake=_fake,
+    save=lambda inputs, output: (inputs[0], inputs[1]), backward=_backward)

@@ -1,0 +1,195 @@
+"""Linear maps with weights of 8 bits, and the fp8 operations between them.
+
+In: activations, and weights as `ops.quantize_rows` stores them. Out: activations. nn.CastedLinear, nn.Int8Linear and
+the quantized MLP call them.
+
+Dims: M rows (all leading dims flattened), K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.errors import ShapeError, UnsupportedError
+from tessera.ops.kernels.casted_linear import casted_linear_kernel, int8_product_kernel, quantize_rows_kernel
+from tessera.ops.quantize import dequantize_rows, fake_quantize_rows, is_quantized
+from tessera.ops.registration import Operation
+from tessera.types import DType, dtype_of
+
+_SCALES: contextvars.ContextVar[Mapping[str, float] | None] = contextvars.ContextVar("tessera_scales", default=None)
+
+
+def casted_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ (weight * scale)^T + bias, with the weight read in its 8 bits and sums in f32.
+
+    Against the float weight: |error| <= |x| @ e^T, where e is the rounding of each weight (ops.quantize), plus one
+    rounding to x's dtype. The weight and its scale are constants: gradients go to x and bias.
+
+    Args:
+        x: [..., K], a float dtype.
+        weight: [N, K], int8, float8_e4m3fn or float8_e5m2.
+        scale: [N] f32, of each row of the weight.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ShapeError: the shapes do not fit.
+        UnsupportedError: the weight has another dtype.
+    """
+    _check(x, weight, scale, bias)
+    out_MN = _casted_linear_op(x.reshape(-1, x.shape[-1]), weight, scale.reshape(-1), bias)
+    return out_MN.view(*x.shape[:-1], weight.shape[0])
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`casted_linear` with x rounded to int8 as well, a scale for each row: sums of integers, which are exact.
+
+    Against `casted_linear`: |error| <= max|x| / 254 * sum|weight * scale| of each row of x and of the weight, plus
+    one rounding (LLM.int8(), arXiv:2208.07339, without its outliers). Gradients pass straight through the rounding.
+
+    Args, returns, raises: as `casted_linear`; the weight is int8.
+    """
+    _check(x, weight, scale, bias)
+    if weight.dtype is not torch.int8:
+        raise UnsupportedError(f"weight: {weight.dtype} given; expected torch.int8")
+    out_MN = _int8_linear_op(x.reshape(-1, x.shape[-1]), weight, scale.reshape(-1), bias)
+    return out_MN.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.no_grad()
+def quantized_matmul(
+    x: Tensor, weight: Tensor, *, input_scale: float = 1.0, weight_scale: float | Tensor = 1.0,
+    output_dtype: DType | torch.dtype | str = torch.float32, output_scale: float = 1.0,
+) -> Tensor:
+    """(x * input_scale) @ (weight * weight_scale) / output_scale, sums in f32, rounded once; for inference.
+
+    Args:
+        x: [..., K], 8-bit or float.
+        weight: [K, N], int8 or fp8.
+        input_scale: what x's numbers are multiples of.
+        weight_scale: what the weight's numbers are multiples of; [N] for one each column.
+        output_dtype: fp8 saturates at its largest number, as int8 does.
+        output_scale: what the result's numbers are multiples of.
+
+    Returns:
+        [..., N] in output_dtype.
+
+    Raises:
+        ShapeError, UnsupportedError: as `casted_linear`.
+    """
+    scale_N = torch.as_tensor(weight_scale, dtype=torch.float32, device=x.device) * (input_scale / output_scale)
+    scale_N = scale_N.reshape(-1).expand(weight.shape[-1]).contiguous()
+    wide = x.float() if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) else x
+    _check(wide, weight.t(), scale_N, None)
+    out_MN = wide.new_empty(wide.shape[:-1].numel(), weight.shape[1], dtype=torch.float32)
+    casted_linear_kernel(wide.reshape(-1, wide.shape[-1]), weight.t(), scale_N, out_MN)
+    return saturate(out_MN.view(*x.shape[:-1], weight.shape[1]), dtype_of(output_dtype).torch)
+
+
+@contextlib.contextmanager
+def context(scales: Mapping[str, float]) -> Iterator[None]:
+    """What the numbers of fp8 operations inside are multiples of, by name.
+
+    `mul_fp8` gives multiples of scales["hidden"], which the product that reads them takes as its input_scale;
+    without that name, multiples of 1.
+    """
+    token = _SCALES.set(dict(scales))
+    try:
+        yield
+    finally:
+        _SCALES.reset(token)
+
+
+def swish_fp8(x: Tensor, beta: float = 1.0) -> Tensor:
+    """x * sigmoid(beta * x) of fp8 numbers, computed in f32, rounded once, saturated."""
+    wide = x.float()
+    return saturate(wide * torch.sigmoid(beta * wide), x.dtype)
+
+
+def mul_fp8(a: Tensor, b: Tensor) -> Tensor:
+    """a * b of fp8 numbers in multiples of the context's "hidden" scale, in f32, rounded once, saturated."""
+    return saturate(a.float() * b.float() / (_SCALES.get() or {}).get("hidden", 1.0), a.dtype)
+
+
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a narrower dtype, where what is too large becomes its largest number, not NaN; NaN stays (int8: 0)."""
+    if dtype is torch.int8:
+        return x.nan_to_num(nan=0.0).round().clamp(-128, 127).to(dtype)
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    if not is_quantized(weight.dtype):
+        raise UnsupportedError(f"weight: {weight.dtype} given; expected int8, float8_e4m3fn or float8_e5m2")
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(f"weight: {list(weight.shape)} given for x {list(x.shape)}; "
+                         f"expected [N, {x.shape[-1] if x.dim() else 'K'}]")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None and vector.numel() != weight.shape[0]:
+            raise ShapeError(f"{name}: {list(vector.shape)} given; expected [{weight.shape[0]}]")
+
+
+@functools.cache
+def _has_byte_products() -> bool:
+    """Whether the processor has dot products of bytes (VNNI, or the ones of AArch64)."""
+    return torch.cpu._is_vnni_supported() or "aarch64" in torch.__config__.show().lower()
+
+
+def _casted_linear(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    out_MN = x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0])
+    casted_linear_kernel(x_MK, weight_NK, scale_N, out_MN, bias_N)
+    return out_MN
+
+
+def _casted_linear_reference(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    wide = torch.float64 if x_MK.dtype is torch.float64 else torch.float32
+    out_MN = F.linear(x_MK.to(wide), dequantize_rows(weight_NK, scale_N, wide))
+    return (out_MN if bias_N is None else out_MN + bias_N.to(wide)).to(x_MK.dtype)
+
+
+def _int8_linear(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    quantized_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
+    x_scale_M = x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
+    quantize_rows_kernel(x_MK, quantized_MK, x_scale_M)
+    out_MN = x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0])
+    in_floats = x_MK.is_cpu and not _has_byte_products()
+    int8_product_kernel(quantized_MK, x_scale_M, weight_NK, scale_N, out_MN, bias_N, in_floats)
+    return out_MN
+
+
+def _int8_linear_reference(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    wide = x_MK if x_MK.dtype is torch.float64 else x_MK.float()
+    rounded_MK = fake_quantize_rows(wide, torch.int8)
+    return _casted_linear_reference(rounded_MK, weight_NK, scale_N, bias_N).to(x_MK.dtype)
+
+
+def _backward(
+    saved: list[Tensor], grad_MN: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """To x: (grad * scale) @ weight; to bias: the sum over rows."""
+    weight_NK, scale_N, has_bias = saved
+    scaled_MN = grad_MN * scale_N.to(grad_MN.dtype)
+    d_bias_N = grad_MN.sum(0) if has_bias else None
+    return scaled_MN @ weight_NK.to(grad_MN.dtype), None, None, d_bias_N
+
+
+def _operation(name: str, kernel: object, reference: object) -> Operation:
+    return Operation(
+        f"{name}(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", kernel=kernel,  # type: ignore
+        reference=reference,  # type: ignore
+        fake=lambda x_MK, weight_NK, scale_N, bias_N: x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0]),
+        save=lambda inputs, output: (inputs[1], inputs[2], inputs[3] is not None), backward=_backward)
+
+
+_casted_linear_op = _operation("casted_linear", _casted_linear, _casted_linear_reference)
+_int8_linear_op = _operation("int8_linear", _int8_linear, _int8_linear_reference)
