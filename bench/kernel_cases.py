@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.ops import kernels
+from tessera.ops.kernels.quantized import GROUP
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SLOW_BF16_FLOPS = 4e8  # the largest bf16 product that a processor without bf16 instructions is given
@@ -67,6 +68,13 @@ def gemm_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
     for name, (m, n, k) in product(DTYPES, shapes):
         if name == "f32" or fast_bf16 or 2 * m * n * k <= SLOW_BF16_FLOPS:
             yield _linear(name, DTYPES[name], m, n, k)
+
+
+def quantized_cases(quick: bool) -> Iterator[Case]:
+    """Skinny products with weights in 8 and 4 bits, beside torch's f32 product of the same shape."""
+    shapes = [(576, 1536)] if quick else [(1536, 576), (576, 1536), (49152, 576), (4096, 4096)]
+    for kind, m, (n, k) in product(("int8", "q8_0", "q4_0", "q4_1"), (1, 8), shapes):
+        yield _quantized(kind, m, n, k)
 
 
 def attention_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
@@ -174,6 +182,32 @@ def _linear(name: str, dtype: torch.dtype, m: int, n: int, k: int) -> Case:
         ours=lambda: kernels.linear_kernel(x, weight, out), eager=lambda: F.linear(x, weight),
         expected=lambda: x[:16].double() @ weight.double().T, flops=2.0 * m * n * k, bytes=weight.nbytes,
         floor=_move([weight], None) if m <= 32 else None)
+
+
+def _quantized(kind: str, m: int, n: int, k: int) -> Case:
+    x, out, dense = torch.randn(m, k), torch.empty(m, n), torch.randn(n, k)
+    groups = k // GROUP
+    quants = torch.randint(-128, 128, (n, k), dtype=torch.int8) if kind in ("int8", "q8_0") else \
+        torch.randint(256, (n, k // 2), dtype=torch.uint8)
+    numbers = quants.double() if quants.dtype == torch.int8 else \
+        torch.stack([(quants & 15 ^ 8), (quants >> 4 ^ 8)], -1).flatten(-2).double() - 8
+    scale = torch.rand(n) if kind == "int8" else torch.rand(n, groups).half()
+    minimum = torch.randn(n, groups) if kind == "q4_1" else None
+    ours: dict[str, Callable[[], None]] = {
+        "int8": lambda: kernels.int8_linear_kernel(x, quants, scale, out),
+        "q8_0": lambda: kernels.int8_group_linear_kernel(x, quants, scale, out),
+        "q4_0": lambda: kernels.int4_linear_kernel(x, quants, scale, None, out),
+        "q4_1": lambda: kernels.int4_linear_kernel(x, quants, scale, minimum, out),
+    }
+
+    def expected() -> Tensor:
+        grouped = numbers.reshape(n, -1, k // (scale.numel() // n)) * scale.double().reshape(n, -1, 1)
+        return x.double() @ (grouped if minimum is None else grouped + minimum.double()[..., None]).reshape(n, k).T
+
+    return Case(
+        group=f"{kind} weights M={m}", label=f"linear {kind} {m}x{n}x{k}", out=out, goal=1.5, ours=ours[kind],
+        eager=lambda: F.linear(x, dense), expected=expected, floor=_move([quants], None), flops=2.0 * m * n * k,
+        bytes=quants.nbytes + scale.nbytes + (0 if minimum is None else minimum.nbytes))
 
 
 def _attention(name: str, dtype: torch.dtype, heads: int, kv_heads: int, length: int, width: int) -> Case:

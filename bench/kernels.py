@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import machine, print_table, write_results
-from kernel_cases import Case, attention_cases, gemm_cases, pointwise_cases
+from kernel_cases import Case, attention_cases, gemm_cases, pointwise_cases, quantized_cases
 
 from tessera import Kernel
 from tessera.ops import kernels
@@ -141,7 +141,7 @@ def cases(arguments: argparse.Namespace, fast_bf16: bool) -> Iterator[Case]:
     """The cases whose group or label holds --only; each is freed before the next is made."""
     torch.manual_seed(0)
     for made in (pointwise_cases(arguments.quick), gemm_cases(arguments.quick, fast_bf16),
-                 attention_cases(arguments.quick, fast_bf16)):
+                 quantized_cases(arguments.quick), attention_cases(arguments.quick, fast_bf16)):
         yield from (case for case in made if arguments.only in case.label)
 
 
