@@ -21,6 +21,7 @@ from tessera.errors import InputError
 from tessera.infer import sampling
 from tessera.infer.beam import beam_search
 from tessera.infer.config import GenerationConfig
+from tessera.infer.decoding import Decoder
 from tessera.infer.stream import TextStream
 from tessera.models import gpt_plan
 from tessera.models.config import GPTConfig
@@ -28,6 +29,7 @@ from tessera.models.gpt import GPTModel
 
 FinishReason = Literal["stop", "length"]
 _MAX_SEED = 1 << 62
+_MAX_RESERVED = 4096  # new tokens that the cache has room for at once; it grows when more come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class GPTInference:
 
     def __init__(self, model: GPTModel, config: GPTConfig | None = None, mesh: Any = None) -> None:
         self.model, self.config, self.mesh = model.eval(), config or model.config, mesh or model.mesh
+        self._decoder = Decoder(self.model)
 
     def generate(
         self, input_ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int = 100, *,
@@ -148,9 +151,11 @@ class GPTInference:
         """The next token of every row, step by step, until `rows` says that all have ended."""
         n_rows = ids_BS.shape[0]
         cache = self.model.new_cache(n_rows)
+        cache.reserve(ids_BS.shape[1] + min(config.max_new_tokens, _MAX_RESERVED))
         history = _History(ids_BS, mask_BS, config)
         uniform_NB = None if config.is_greedy else self._uniforms(n_rows, config).to(ids_BS.device)
         logits_BV = self.model(ids_BS, attention_mask=mask_BS, kv_cache=cache, logits_to_keep=1)["logits"][:, -1]
+        advance = self._decoder.begin(cache)
         for step in range(config.max_new_tokens):
             logits_BV = history.penalize(logits_BV)
             if uniform_NB is None:
@@ -165,7 +170,7 @@ class GPTInference:
             if rows.is_done or step == config.max_new_tokens - 1:
                 return
             history.append(next_B)
-            logits_BV = self.model(next_B[:, None], kv_cache=cache)["logits"][:, -1]
+            logits_BV = advance(next_B)
 
     @torch.inference_mode()
     def _search(self, ids_BS: Tensor, mask_BS: Tensor | None, config: GenerationConfig, rows: _Rows) -> None:

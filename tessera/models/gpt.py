@@ -9,7 +9,9 @@ Dims: B batch, S new tokens, T all tokens (cached and new), V vocabulary, M d_mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from tessera import ops
 from tessera.errors import InputError, ShapeError
 from tessera.models import gpt_plan
 from tessera.models.config import GPTConfig
-from tessera.nn import MLP, Attention, Block, Embedding, KVCache, LayerNorm, Linear, RMSNorm
+from tessera.nn import MLP, Attention, Block, Embedding, KVCache, LayerNorm, Linear, RMSNorm, StepCache
 
 _INIT_STD = 0.02
 
@@ -136,12 +138,14 @@ class GPTModel(nn.Module):
             _check_cache(kv_cache, input_ids.shape[0], self)
         valid_BT = _valid_places(input_ids, attention_mask, kv_cache, self.config)
         positions_BS = _positions(input_ids, position_ids, valid_BT, kv_cache, self.config)
+        n_new = input_ids.shape[1]
+        n_total = n_new + (kv_cache.length if kv_cache is not None else 0)
+        masks = functools.cache(lambda window: ops.make_mask(
+            n_new, n_total, window=window, valid_BT=valid_BT, device=input_ids.device))
         x_BSM = self._embed(input_ids, positions_BS)
-        if kv_cache is None:
-            x_BSM = self._blocks(x_BSM, positions_BS, valid_BT, None)
-        else:
-            with kv_cache.appending():
-                x_BSM = self._blocks(x_BSM, positions_BS, valid_BT, kv_cache)
+        rope = self._rope(positions_BS, n_total)
+        with contextlib.nullcontext() if kv_cache is None else kv_cache.appending():
+            x_BSM = self._blocks(x_BSM, masks, rope, kv_cache)
         if logits_to_keep:
             x_BSM = x_BSM[:, -logits_to_keep:]
         return {"logits": self._logits(self.final_norm(x_BSM)), "kv_cache": kv_cache}
@@ -152,26 +156,44 @@ class GPTModel(nn.Module):
             x_BSM = x_BSM * self.embed_scale
         return x_BSM if self.pos_embed is None else x_BSM + self.pos_embed(positions_BS)
 
+    def step(self, tokens_B: Tensor, positions_B: Tensor, cache: StepCache) -> Tensor:
+        """Logits after one more token a row; of kernels alone, to be recorded (infer.decoding). Checks nothing.
+
+        Args:
+            tokens_B: int64 [B], in the vocabulary.
+            positions_B: int64 [B], in 0..max_seq_len - 1.
+            cache: the cache's storage and the tokens' place in it.
+
+        Returns:
+            [B, V] in compute_dtype.
+
+        Raises:
+            UnsupportedError: while it is recorded: the model computes something that no kernel does.
+        """
+        x_BSM = self._embed(tokens_B[:, None], positions_B[:, None])
+        x_BSM = self._blocks(x_BSM, cache.mask, self._rope(positions_B[:, None], self.config.max_seq_len), cache)
+        return self._logits(self.final_norm(x_BSM))[:, 0]
+
+    def _rope(self, positions_BS: Tensor, n_total: int) -> tuple[Tensor, Tensor] | None:
+        config = self.config
+        if not config.use_rotary_embeddings:
+            return None
+        return ops.rope_tables(positions_BS, config.rope_dim, config.rope_theta, config.rope_scaling,
+                               seq_len=n_total)
+
     def _blocks(
-        self, x_BSM: Tensor, positions_BS: Tensor, valid_BT: Tensor | None, cache: KVCache | None,
+        self, x_BSM: Tensor, masks: Callable[[int | None], ops.Mask], rope: tuple[Tensor, Tensor] | None,
+        cache: KVCache | StepCache | None,
     ) -> Tensor:
-        config, n_new = self.config, x_BSM.shape[1]
-        n_total = n_new + (cache.length if cache is not None else 0)
-        rope = None
-        if config.use_rotary_embeddings:
-            rope = ops.rope_tables(
-                positions_BS, config.rope_dim, config.rope_theta, config.rope_scaling,
-                seq_len=n_total, dtype=x_BSM.dtype)
-        masks: dict[int | None, ops.Mask] = {}
+        """`masks` gives the mask of a sliding window, or of None."""
+        config = self.config
         recompute = config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            window = config.window(layer)
-            if window not in masks:
-                masks[window] = ops.make_mask(n_new, n_total, window=window, valid_BT=valid_BT, device=x_BSM.device)
+            mask = masks(config.window(layer))
             if recompute:
-                x_BSM = checkpoint(block, x_BSM, masks[window], rope, use_reentrant=False)
+                x_BSM = checkpoint(block, x_BSM, mask, rope, use_reentrant=False)
             else:
-                x_BSM = block(x_BSM, masks[window], rope, cache, layer)
+                x_BSM = block(x_BSM, mask, rope, cache, layer)
         return x_BSM
 
     def _logits(self, x_BSM: Tensor) -> Tensor:

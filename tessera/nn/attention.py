@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera import ops
-from tessera.nn.kv_cache import KVCache
+from tessera.nn.kv_cache import KVCache, StepCache
 from tessera.nn.layers import Linear, RMSNorm
 
 
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x_BSM: Tensor, mask: ops.Mask, rope: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None, layer: int = 0,
+        cache: KVCache | StepCache | None = None, layer: int = 0,
     ) -> Tensor:
         heads = (*x_BSM.shape[:2], -1, self.d_head)
         q_BSHD = self.q_proj(x_BSM).view(heads)
@@ -66,6 +66,6 @@ class Attention(nn.Module):
         k_BKTD, v_BKTD = k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
         if cache is not None:
             k_BKTD, v_BKTD = cache.update(layer, k_BKTD, v_BKTD)
-        out_BSHD = ops.attention(
-            q_BSHD, k_BKTD, v_BKTD, mask, scale=self.scale, softcap=self.softcap, flash=self.use_flash)
-        return self.o_proj(out_BSHD.flatten(2))
+        out_BHSD = ops.attention(
+            q_BSHD.transpose(1, 2), k_BKTD, v_BKTD, mask, scale=self.scale, softcap=self.softcap, flash=self.use_flash)
+        return self.o_proj(out_BHSD.transpose(1, 2).flatten(2))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tessera import ops
 from tessera.nn.attention import Attention
-from tessera.nn.kv_cache import KVCache
+from tessera.nn.kv_cache import KVCache, StepCache
 from tessera.nn.layers import LayerNorm, RMSNorm
 from tessera.nn.mlp import MLP
 
@@ -35,13 +35,13 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, mask: ops.Mask, rope: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None, layer: int = 0,
+        cache: KVCache | StepCache | None = None, layer: int = 0,
     ) -> Tensor:
         if self.mlp_norm is None:
             normed = self.attn_norm(x)
-            return x + self.attn(normed, mask, rope, cache, layer) + self.mlp(normed)
+            return ops.add(ops.add(x, self.attn(normed, mask, rope, cache, layer)), self.mlp(normed))
         if self.post_norm:
-            x = x + self.attn_norm(self.attn(x, mask, rope, cache, layer))
-            return x + self.mlp_norm(self.mlp(x))
-        x = x + self.attn(self.attn_norm(x), mask, rope, cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
+            x = ops.add(x, self.attn_norm(self.attn(x, mask, rope, cache, layer)))
+            return ops.add(x, self.mlp_norm(self.mlp(x)))
+        normed, x = self.mlp_norm.add(self.attn(self.attn_norm(x), mask, rope, cache, layer), x)
+        return ops.add(x, self.mlp(normed))

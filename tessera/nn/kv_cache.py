@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tessera import ops
 from tessera.errors import InputError, ShapeError, UnsupportedError
+from tessera.ops.kernels.append import append_kernel
 from tessera.types import dtype_of
 
 _DTYPES = ("f32", "bf16", "f16", "fp8_e4m3", "fp8_e5m2")
@@ -66,6 +67,7 @@ class KVCache:
         self.device = None if device is None else torch.device(device)
         self.valid: Tensor | None = None  # bool [B, >= length], False for padding; None: no padding
         self._lengths = [0] * n_layers
+        self._least = _FIRST_CAPACITY  # places that the first allocation has at least
         # Per layer: keys and values [B, K, capacity, D], then for fp8 their scales [B, K, capacity].
         self._stores: list[list[Tensor]] = [[] for _ in range(n_layers)]
 
@@ -129,6 +131,33 @@ class KVCache:
             self.truncate(length)
             raise
 
+    def reserve(self, length: int) -> None:
+        """Make room for `length` places in every layer, at its next growth or, where it has storage, now.
+
+        Raises:
+            InputError: more than max_seq_len.
+        """
+        self._least = max(self._least, min(length, self.max_seq_len))
+        for layer, stores in enumerate(self._stores):
+            if stores:
+                self._reserve(layer, length, stores[0].device)
+
+    def stores(self) -> list[Tensor]:
+        """The storage of keys and of values of every layer in turn, [B, K, capacity, D] each.
+
+        Raises:
+            UnsupportedError: a layer is empty, or the storage type keeps scales beside its values.
+        """
+        if self.dtype.bits == 8 or not all(self._stores):
+            raise UnsupportedError(f"KVCache: {self.dtype} of {self.length} tokens; a recorded step needs a cache of "
+                                   "f32, bf16 or f16 that holds the prompt")
+        return [store for stores in self._stores for store in stores]
+
+    def advance(self) -> None:
+        """Take note of a place that a `StepCache` has filled in every layer and row."""
+        self.mark_valid(1, None)
+        self._lengths = [length + 1 for length in self._lengths]
+
     def _reserve(self, layer: int, length: int, device: torch.device) -> list[Tensor]:
         """The layer's stores, grown to hold at least `length` places."""
         stores = self._stores[layer]
@@ -138,9 +167,8 @@ class KVCache:
             raise InputError(
                 f"KVCache: {length} tokens given ({self._lengths[layer]} of them cached); "
                 f"expected at most max_seq_len = {self.max_seq_len}")
-        capacity = max(_FIRST_CAPACITY, length)
-        if stores:
-            capacity = max(capacity, 2 * stores[0].shape[2])
+        # A power of two: few capacities, for each of which decode steps are recorded once.
+        capacity = 1 << (max(self._least, length) - 1).bit_length()
         shape = (self.batch_size, self.n_kv_heads, min(capacity, self.max_seq_len))
         if not stores:
             device = self.device or device
@@ -217,3 +245,32 @@ class KVCache:
     def __repr__(self) -> str:
         return (f"KVCache({self.length}/{self.max_seq_len} tokens, batch {self.batch_size}, {self.n_layers} layers, "
                 f"{self.n_kv_heads} x {self.d_head} {self.dtype}, {self.nbytes} bytes)")
+
+
+class StepCache:
+    """A KVCache's storage as a recorded decode step sees it: the place of its token is read when kernels run.
+
+    Args:
+        stores: of the cache, see KVCache.stores.
+        place: int64 [1], in 0..capacity - 1: where each row's token goes.
+        valid_BC: bool [B, capacity], False for padding; None when there is none.
+    """
+
+    def __init__(self, stores: list[Tensor], place: Tensor, valid_BC: Tensor | None) -> None:
+        self._stores, self._place, self._valid_BC = stores, place, valid_BC
+
+    def update(self, layer: int, k_BK1D: Tensor, v_BK1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values, [B, K, 1, D]; its whole storage, [B, K, capacity, D] each."""
+        keys, values = self._stores[2 * layer: 2 * layer + 2]
+        append_kernel(k_BK1D[:, :, 0], v_BK1D[:, :, 0], self._place, keys, values)
+        return keys, values
+
+    def mask(self, window: int | None) -> ops.Mask:
+        """What the token's query sees.
+
+        Raises:
+            UnsupportedError: a window over padded rows, where places and tokens are counted differently.
+        """
+        if window is not None and self._valid_BC is not None:
+            raise UnsupportedError(f"window: {window} given with padding; a recorded decode step has one or the other")
+        return ops.Mask(place=self._place, last=window, valid=self._valid_BC)

@@ -119,6 +119,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual)."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """LayerNorm over the last dim, with a weight that starts at ones and a bias that starts at zeros."""
@@ -131,3 +135,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual)."""
+        total = ops.add(x, residual)
+        return self(total), total

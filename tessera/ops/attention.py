@@ -1,24 +1,31 @@
-"""Grouped-query attention over a prompt or over cached keys.
+"""Attention: what the models call, and the choice of how it runs.
 
-In: query heads of the new tokens, key and value heads of all tokens, and which keys each query sees.
-Out: the heads' weighted values. nn.Attention calls `attention`; models.gpt makes the masks.
+In: query heads of the new tokens, key and value heads of all tokens, and which keys each query sees. Out: the heads'
+weighted values. nn.Attention calls `attention`; models.gpt makes the masks.
 
-Dims: B batch, S new tokens, T all tokens (T - S cached), H query heads, K key/value heads,
-G = H / K query heads a group, D head_dim.
+Dims: B batch, S queries (new tokens), T keys (all tokens, T - S of them cached), H query heads, K key/value heads,
+D head_dim.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.errors import ShapeError, UnsupportedError
+from tessera.ops.attention_scores import Scores, check_attention, plain_attention
+from tessera.ops.chunked_attention import in_chunks
 from tessera.ops.decode_attention import decode_attention_op
+from tessera.ops.flash_attention import fits_flash, flash_attention_op
 from tessera.ops.invariant import attention as invariant_attention
 from tessera.ops.invariant import is_invariant
+from tessera.ops.registration import wants_reference
+
+_FEW_KEYS = 256  # f32 keys of a decode step up to which torch's launch is quicker than our kernel
+_MANY_SCORES = 1 << 24  # from here on attention with a softcap, ALiBi or dropout runs in chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +33,21 @@ class Mask:
     """Which keys each query sees; the forms that kernels run fastest come first.
 
     Args:
-        causal: query s sees keys 0..s (S == T, nothing else hidden); `allowed` is None then.
+        causal: query s of S sees keys 0..T - S + s; `allowed` is None then.
+        window: with `causal`: a query sees itself and the window - 1 keys before it.
         last: only the last this many keys are visible to the (single) query; None for all.
         allowed: bool [B or 1, 1, S, T], True where the query sees the key; None hides nothing more.
+        place: int64 [1]: a decode step of one query a row, which sees the keys up to this place; it is read when
+            the step runs, so that a recorded step serves all places. `last` counts from it.
+        valid: bool [B, T], False for padding; with `place` only.
     """
 
     causal: bool = False
+    window: int | None = None
     last: int | None = None
     allowed: Tensor | None = None
+    place: Tensor | None = None
+    valid: Tensor | None = None
 
 
 def make_mask(
@@ -55,18 +69,10 @@ def make_mask(
     if window is not None and window >= n_total:
         window = None
     if valid_BT is None:
-        if n_new == 1:
-            return Mask(last=window)
-        if n_new == n_total and window is None:
-            return Mask(causal=True)
+        return Mask(last=window) if n_new == 1 else Mask(causal=True, window=window)
     key_T = torch.arange(n_total, device=device)
     query_S = key_T[n_total - n_new:]
-    allowed = (key_T <= query_S[:, None])[None, None]
-    if valid_BT is None:
-        if window is not None:
-            allowed = allowed & (key_T > query_S[:, None] - window)
-        return Mask(allowed=allowed)
-    allowed = allowed & valid_BT[:, None, None, :]
+    allowed = (key_T <= query_S[:, None])[None, None] & valid_BT[:, None, None, :]
     if window is not None:
         place_BT = valid_BT.long().cumsum(-1)
         allowed = allowed & (place_BT[:, None, None, :] > place_BT[:, None, -n_new:, None] - window)
@@ -74,71 +80,150 @@ def make_mask(
 
 
 def attention(
-    q_BSHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask, *,
-    scale: float, softcap: float | None = None, flash: bool = True,
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | Mask | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, *, window: int | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, alibi: Tensor | None = None, seed: int | None = None, flash: bool = True,
 ) -> Tensor:
     """softmax(scale * q k^T) v for every head (arXiv:1706.03762), groups sharing keys (arXiv:2305.13245).
 
+    Runs as a tile kernel (decode steps; causal, windowed and plain attention), as torch's
+    scaled_dot_product_attention (masks; GPUs) or in chunks (softcap, ALiBi and dropout over many keys).
+
     Args:
-        q_BSHD: [B, S, H, D].
-        k_BKTD, v_BKTD: [B, K, T, D], H a multiple of K.
-        mask: which keys each query sees.
-        scale: factor on the scores.
-        softcap: scores become softcap * tanh(scores / softcap).
-        flash: in blocks, scores never held whole (arXiv:2205.14135); a softcap takes the plain path.
+        q_BHSD: [B, H, S, D], f32, bf16, f16 or f64.
+        k_BKTD, v_BKTD: [B, K, T, D], the same dtype; H a multiple of K.
+        mask: broadcastable to [B, H, S, T]: bool, True where the query sees the key, or float, added to the scores
+            (after the softcap); or a Mask, which says is_causal and window too and is not checked.
+        dropout_p: probability that a weight is dropped; which ones depends on seed and place alone.
+        is_causal: the last query sees all keys, each one before it one key less.
+        scale: factor on the scores, > 0; default 1 / sqrt(D).
+        window: a query sees itself and the window - 1 keys before it (keys after it too, unless causal).
+        sinks: [H], a logit a head that takes its share of the softmax and has no value (arXiv:2309.17453, gpt-oss).
+        softcap: scores become softcap * tanh(scores / softcap) (arXiv:2408.00118).
+        alibi: [H], slopes: slope * (key's place - query's place) is added (arXiv:2108.12409).
+        seed: of the dropout; None draws one.
+        flash: False: one step after the other, scores in memory.
 
     Returns:
-        [B, S, H, D] in q's dtype; softmax in f32.
+        [B, H, S, D] in q's dtype, softmax and sums in f32; zeros for a query that sees no key.
+
+    Raises:
+        ShapeError, InputError: arguments that do not fit together.
+        UnsupportedError: the deterministic mode with dropout, ALiBi, sinks or a float mask.
     """
-    if mask.last is not None:
-        k_BKTD, v_BKTD = k_BKTD[:, :, -mask.last:], v_BKTD[:, :, -mask.last:]
+    is_ours = isinstance(mask, Mask)
+    if isinstance(mask, Mask):
+        if mask.place is not None:
+            return _decode(q_BHSD, k_BKTD, v_BKTD, mask.valid, mask.place, mask.last, sinks, scale, softcap)
+        if mask.last is not None:
+            k_BKTD, v_BKTD = k_BKTD[:, :, -mask.last:], v_BKTD[:, :, -mask.last:]
+        is_causal, window, mask = mask.causal, mask.window, mask.allowed
+    if dropout_p and seed is None:
+        seed = int(torch.randint(1 << 31, ()))
+    scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
+                    softcap=softcap, dropout_p=dropout_p, seed=seed or 0)
+    if not is_ours:
+        check_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
     if is_invariant():
-        B, S, T = q_BSHD.shape[0], q_BSHD.shape[1], k_BKTD.shape[2]
-        allowed_BST = _allowed(mask, S, T, q_BSHD.device)[:, 0].expand(B, S, T)
-        plain = functools.partial(_plain, mask=mask, scale=scale, softcap=softcap)
-        return invariant_attention(q_BSHD, k_BKTD, v_BKTD, allowed_BST, scale, softcap, plain)
-    if not flash or softcap is not None:
-        return _plain(q_BSHD, k_BKTD, v_BKTD, mask, scale, softcap)
-    if q_BSHD.shape[1] == 1 and _decodes(q_BSHD, k_BKTD, mask):
-        allowed_BT = None if mask.allowed is None else mask.allowed[:, 0, 0].expand(len(q_BSHD), -1)
-        return decode_attention_op(q_BSHD[:, 0], k_BKTD, v_BKTD, allowed_BT, None, None, None, scale, None)[:, None]
-    out_BHSD = F.scaled_dot_product_attention(
-        q_BSHD.transpose(1, 2), k_BKTD, v_BKTD, attn_mask=mask.allowed, is_causal=mask.causal,
-        scale=scale, enable_gqa=q_BSHD.shape[2] != k_BKTD.shape[1])
-    return out_BHSD.transpose(1, 2)
+        return _invariant(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
+    if not flash or (not torch.compiler.is_compiling() and wants_reference()):
+        return plain_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)[0]
+    return _quickest(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
 
 
-def _decodes(q_BSHD: Tensor, k_BKTD: Tensor, mask: Mask) -> bool:
+def grouped_query_attention(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, is_causal: bool = True, scale: float | None = None,
+) -> Tensor:
+    """`attention` whose H query heads share K key heads in groups of H / K, read in place (arXiv:2305.13245)."""
+    return attention(q_BHSD, k_BKTD, v_BKTD, is_causal=is_causal, scale=scale)
+
+
+def multi_query_attention(
+    q_BHSD: Tensor, k_BTD: Tensor, v_BTD: Tensor, is_causal: bool = True, scale: float | None = None,
+) -> Tensor:
+    """`attention` whose query heads all share one key head, [B, T, D] (arXiv:1911.02150)."""
+    if k_BTD.dim() != 3 or v_BTD.dim() != 3:
+        raise ShapeError(f"k, v: {tuple(k_BTD.shape)}, {tuple(v_BTD.shape)} given; expected [B, T, D], one head")
+    return attention(q_BHSD, k_BTD[:, None], v_BTD[:, None], is_causal=is_causal, scale=scale)
+
+
+def _quickest(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None, slopes_H: Tensor | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """The way that was measured to be the quickest for such arguments."""
+    S, T = q_BHSD.shape[2], k_BKTD.shape[2]
+    is_plain = scores.softcap is None and slopes_H is None and not scores.dropout_p
+    if S == 1 and _decodes(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H):
+        # One causal query sees all keys; its window is the last keys.
+        allowed_BT = None if mask is None else mask.expand(len(q_BHSD), 1, 1, T)[:, 0, 0]
+        return _decode(q_BHSD, k_BKTD, v_BKTD, allowed_BT, None, scores.window, sinks_H, scores.scale, scores.softcap)
+    if fits_flash(scores, mask, slopes_H) and ((q_BHSD.is_cpu and S > 1) or sinks_H is not None):
+        return flash_attention_op(
+            q_BHSD, k_BKTD, v_BKTD, sinks_H, scores.scale, scores.is_causal, scores.window, 0, 0)[0]
+    if is_plain and sinks_H is None:
+        whole = scores.is_causal and scores.window is None and mask is None and S == T
+        return F.scaled_dot_product_attention(
+            q_BHSD, k_BKTD, v_BKTD, attn_mask=None if whole else _joined(scores, mask, S, T, q_BHSD),
+            is_causal=whole, scale=scores.scale, enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1])
+    if q_BHSD[..., 0].numel() * T < _MANY_SCORES and not scores.dropout_p:
+        return plain_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H)[0]
+    return in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H)
+
+
+def _decodes(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None, slopes_H: Tensor | None,
+    sinks_H: Tensor | None,
+) -> bool:
     """Whether the decode kernel is the quickest way: it reads a group's keys once, and bf16 without a copy.
 
     Measured beside torch's on one core with AVX2: f32 1.0 to 1.9 x from 512 keys on (with few keys and no mask the
     launch counts), bf16 4 to 15 x.
     """
-    return (q_BSHD.is_cpu and q_BSHD.dtype == k_BKTD.dtype and not (torch.is_grad_enabled() and q_BSHD.requires_grad)
-            and (mask.allowed is not None or q_BSHD.dtype is not torch.float32 or k_BKTD.shape[2] >= 256))
+    fits = (slopes_H is None and not scores.dropout_p and (scores.window is None or scores.is_causal)
+            and (mask is None or (mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1)))
+    has_gradient = torch.is_grad_enabled() and (
+        q_BHSD.requires_grad or k_BKTD.requires_grad or v_BKTD.requires_grad)
+    pays = (mask is not None or q_BHSD.dtype is not torch.float32 or k_BKTD.shape[2] >= _FEW_KEYS
+            or scores.softcap is not None or sinks_H is not None)
+    return fits and pays and not has_gradient and q_BHSD.is_cpu and q_BHSD.dtype is not torch.float64
 
 
-def _allowed(mask: Mask, n_new: int, n_total: int, device: torch.device) -> Tensor:
-    """The mask's `allowed`, made when it has none."""
-    if mask.allowed is not None:
-        return mask.allowed
-    allowed = torch.ones(1, 1, n_new, n_total, dtype=torch.bool, device=device)
-    return allowed.tril() if mask.causal else allowed
-
-
-def _plain(
-    q_BSHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask, scale: float, softcap: float | None,
+def _decode(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, allowed_BT: Tensor | None, place: Tensor | None,
+    window: int | None, sinks_H: Tensor | None, scale: float | None, softcap: float | None,
 ) -> Tensor:
-    """Attention one step after the other, holding all scores in f32."""
-    B, S, H, D = q_BSHD.shape
-    K, T = k_BKTD.shape[1:3]
-    G = H // K
-    q_BKRD = q_BSHD.transpose(1, 2).reshape(B, K, G * S, D)  # R = G * S rows share a key head
-    scores = (q_BKRD @ k_BKTD.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask.causal or mask.allowed is not None:
-        allowed = _allowed(mask, S, T, scores.device)
-        scores = scores.view(B, K, G, S, T).masked_fill(~allowed[:, :, None], float("-inf")).view(B, K, G * S, T)
-    out_BKRD = scores.softmax(-1).to(v_BKTD.dtype) @ v_BKTD
-    return out_BKRD.view(B, K * G, S, D).transpose(1, 2)
+    scale = q_BHSD.shape[-1]**-0.5 if scale is None else scale
+    return decode_attention_op(
+        q_BHSD[:, :, 0], k_BKTD, v_BKTD, allowed_BT, place, window, sinks_H, scale, softcap)[:, :, None]
+
+
+def _joined(scores: Scores, mask: Tensor | None, n_queries: int, n_keys: int, like: Tensor) -> Tensor | None:
+    """One mask that says what the causal mask, the window and `mask` say."""
+    mask, seen = None if mask is None else torch.atleast_2d(mask), scores.seen(n_queries, n_keys, like.device)
+    if mask is None or seen is None:
+        return seen if mask is None else mask if mask.dtype is torch.bool else mask.to(like.dtype)
+    return mask & seen if mask.dtype is torch.bool else mask.to(like.dtype).masked_fill(~seen, float("-inf"))
+
+
+def _invariant(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None, slopes_H: Tensor | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """The deterministic mode's attention; its gradient is the plain expression's."""
+    given = {"dropout": scores.dropout_p, "alibi": slopes_H is not None, "sinks": sinks_H is not None,
+             "a mask that is not bool [B or 1, 1, S, T]":
+                 mask is not None and (mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1] != 1)}
+    if any(given.values()):
+        names = ", ".join(name for name, is_given in given.items() if is_given)
+        raise UnsupportedError(f"attention: {names} given in the deterministic mode, which has no kernel for it")
+    (B, _, S, _), T = q_BHSD.shape, k_BKTD.shape[2]
+    allowed = _joined(scores, mask, S, T, q_BHSD)
+    allowed_BST = q_BHSD.new_ones(B, S, T, dtype=torch.bool) if allowed is None else \
+        allowed.expand(B, 1, S, T)[:, 0]
+
+    def plain(q_BSHD: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain_attention(q_BSHD.transpose(1, 2), k, v, scores, mask)[0].transpose(1, 2)
+
+    return invariant_attention(
+        q_BHSD.transpose(1, 2), k_BKTD, v_BKTD, allowed_BST, scores.scale, scores.softcap, plain).transpose(1, 2)

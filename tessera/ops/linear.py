@@ -1,7 +1,7 @@
-"""Linear maps, and weights stored in 8 bits with one scale a row.
+"""Linear maps.
 
 In: activations [..., I] and a weight [O, I] in any storage type. Out: [..., O] in the activations'
-dtype. nn.Linear calls `linear`; loaders and initialisation call `quantize_rows`.
+dtype. nn.Linear calls `linear`.
 """
 
 from __future__ import annotations
@@ -12,52 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.errors import UnsupportedError
+from tessera.kernel.recording import is_recording
 from tessera.ops.invariant import block_products, is_invariant, tree_sum
+from tessera.ops.kernels import linear_kernel
+from tessera.ops.quantize import dequantize_rows
 
-_FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
-
-# Largest finite magnitude of each 8-bit storage type: what a row's largest weight maps to.
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
-
-
-def is_quantized(dtype: torch.dtype) -> bool:
-    """Whether a weight of this dtype needs a scale for each row."""
-    return dtype in _LARGEST
-
-
-def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round each row to 8 bits, scaled so that its largest magnitude is the type's largest.
-
-    Args:
-        weight: [..., I], any float dtype.
-        dtype: float8_e4m3fn, float8_e5m2 or int8.
-
-    Returns:
-        (quantized [..., I], scale [...] f32) with weight ~ quantized * scale; a row of zeros has scale 1.
-
-    Raises:
-        UnsupportedError: another dtype.
-    """
-    if dtype not in _LARGEST:
-        raise UnsupportedError(f"dtype: {dtype} given; rows are quantized to {', '.join(map(str, _LARGEST))}")
-    weight = weight.float()
-    scale = weight.abs().amax(-1) / _LARGEST[dtype]
-    # A subnormal scale would divide to infinity; such rows are zeros in f32 terms.
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    quantized = weight / scale.unsqueeze(-1)
-    return (quantized.round() if dtype is torch.int8 else quantized).to(dtype), scale
-
-
-def dequantize_rows(quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that `quantize_rows` stored: quantized * scale, the product rounded once to dtype."""
-    return (quantized.float() * scale.unsqueeze(-1)).to(dtype)
-
-
-def fake_quantize_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weight rounded as `quantize_rows` stores it; gradients pass straight through (arXiv:1308.3432)."""
-    rounded = dequantize_rows(*quantize_rows(weight.detach(), dtype), weight.dtype)
-    return weight + (rounded - weight.detach())
+MAX_FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
 
 
 def linear(
@@ -85,13 +45,21 @@ def linear(
     if is_invariant():
         out = tree_sum(block_products(x, weight, blocks or (x.shape[-1],))).to(x.dtype)
         return out if bias is None else out + bias
+    if is_recording():
+        return _linear_kernel(x, weight, bias)
     if x.dtype is torch.float32 and x.is_cpu and not torch.is_grad_enabled():
         n_rows = x.numel() // max(x.shape[-1], 1)
-        if 0 < n_rows <= _FEW_ROWS:
+        if 0 < n_rows <= MAX_FEW_ROWS:
             out = _linear_few_rows(x.reshape(n_rows, -1), weight)
             out = out if bias is None else out.add_(bias)
             return out.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
+
+
+def _linear_kernel(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    out = torch.empty(*x.shape[:-1], weight_OI.shape[0], dtype=x.dtype, device=x.device)
+    linear_kernel(x.view(-1, x.shape[-1]), weight_OI, out.view(-1, out.shape[-1]), bias_O)
+    return out
 
 
 def _linear_few_rows(x_NI: Tensor, weight_OI: Tensor) -> Tensor:

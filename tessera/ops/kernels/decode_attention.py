@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Optional
 
-from tessera import constexpr, kernel, schedule
+from tessera import kernel
 from tessera.kernel import lang as tile
+from tessera.kernel.schedule import schedule
+from tessera.kernel.signature import constexpr
 from tessera.types import Tile, bool_, f32, int64
 
 SPAN = 256  # keys a program; a fixed number, so that neither the batch nor the threads change the order of a sum
@@ -30,7 +32,7 @@ def decode_attention_kernel(
         k, v: [B, H_kv, T, D].
         parts: [B, H_kv, P, G, D + 2] f32 scratch, P = T / SPAN rounded up: for every span its weighted values, the
             sum of its weights and its largest score.
-        scale: of the scores.
+        scale: of the scores; > 0.
         allowed: [B, T], False for keys that no query of the row sees.
         place: [1], of the last key that is seen; what lies behind it may be anything. None: T - 1.
         window: only this many keys, up to `place`, are seen; >= 1.
@@ -39,6 +41,7 @@ def decode_attention_kernel(
         shared: G > 1. A single query's scores are sums over lanes; those of several are a matrix product.
     """
     ctx = tile.context()
+    factor = scale if softcap is None else 1.0
     last = ctx.T - 1
     if place is not None:
         last = place[0]
@@ -55,11 +58,11 @@ def decode_attention_kernel(
             keys = tile.cast(tile.load(k[batch, head, start:start + ctx.block_n]), f32)
             values = tile.cast(tile.load(v[batch, head, start:start + ctx.block_n]), f32)
             if shared:
-                scores = tile.mma(queries, tile.transpose(keys)) * scale
+                scores = tile.mma(queries, tile.transpose(keys))
             else:
-                scores = tile.reduce_sum(queries[:, None, :] * keys[None, :, :], axis=-1) * scale
+                scores = tile.reduce_sum(queries[:, None, :] * keys[None, :, :], axis=-1)
             if softcap is not None:
-                scores = softcap * tile.tanh(scores / softcap)
+                scores = softcap * tile.tanh(scores * scale / softcap)
             if allowed is not None:
                 scores = tile.where(allowed[batch, start:start + ctx.block_n][None, :], scores, -float("inf"))
             if place is not None:
@@ -69,14 +72,15 @@ def decode_attention_kernel(
                 scores = tile.where((at > last - window)[None, :], scores, -float("inf"))
             new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
             safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
-            weights = tile.exp(scores - safe_top[:, None])
-            shrink = tile.exp(top - safe_top)
+            # The difference first: it is exactly 0 for the largest score, however large that is.
+            weights = tile.exp((scores - safe_top[:, None]) * factor)
+            shrink = tile.exp((top - safe_top) * factor)
             total = total * shrink + tile.reduce_sum(weights, axis=-1)
             result = result * shrink[:, None] + tile.mma(weights, values)
             top = new_top
         tile.store(parts[batch, head, part, :, 0:ctx.D], result)
         tile.store(parts[batch, head, part, :, ctx.D], total)
-        tile.store(parts[batch, head, part, :, ctx.D + 1], top)
+        tile.store(parts[batch, head, part, :, ctx.D + 1], top * factor)
     for batch, head in tile.grid(ctx.B, ctx.H_kv):
         tops = tile.load(parts[batch, head, :, :, ctx.D + 1])
         best = tile.reduce_max(tops, axis=0)

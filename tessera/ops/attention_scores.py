@@ -1,0 +1,144 @@
+"""What stands between q k^T and the softmax: scale, softcap, ALiBi, masks; the plain expression of attention.
+
+In: a block of queries and a block of keys. Out: their scores, wide (f32, or f64 for f64). Attention in chunks, the
+reference and the tests' middle ground share it, so that every variant means the same.
+
+Dims: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K query heads a group, D head_dim;
+M, N a block's queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera.errors import InputError, ShapeError
+from tessera.ops.kernels.attention_dropout import attention_dropout_kernel
+
+_MIX = 0x9E3779B97F4A7C15  # spreads neighbouring seeds (splitmix64), so that the rows of two calls differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How scores are made from q k^T.
+
+    Args:
+        scale: factor on the products, > 0.
+        is_causal: the last query sees all keys, each one before it one key less.
+        window: a query sees itself and the window - 1 keys before it (keys after it too, unless causal).
+        softcap: scores become softcap * tanh(scores / softcap), before any mask.
+        dropout_p, seed: weights are dropped with this probability, by their place and the seed alone.
+    """
+
+    scale: float
+    is_causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    def block(
+        self, q_BHMD: Tensor, k_BKND: Tensor, mask: Tensor | None, slopes_H: Tensor | None, place: int, start: int,
+    ) -> Tensor:
+        """The scores [B, H, M, N] of queries at places `place`.. among the keys, and keys from `start` on.
+
+        Args:
+            mask: bool (True: seen) or float (added), broadcastable to [B, H, M, N].
+            slopes_H: of ALiBi: slope * (key's place - query's place) is added (arXiv:2108.12409).
+        """
+        B, H, M, D = q_BHMD.shape
+        K, N = k_BKND.shape[1:3]
+        wide = torch.promote_types(q_BHMD.dtype, torch.float32)
+        q_BKRD = q_BHMD.to(wide).reshape(B, K, H // K * M, D)
+        s_BHMN = (q_BKRD @ k_BKND.to(wide).mT).view(B, H, M, N) * self.scale
+        if self.softcap is not None:
+            s_BHMN = self.softcap * torch.tanh(s_BHMN / self.softcap)
+        ages_MN = torch.arange(place, place + M, device=q_BHMD.device)[:, None] - torch.arange(
+            start, start + N, device=q_BHMD.device)
+        if slopes_H is not None:
+            s_BHMN = s_BHMN - slopes_H.to(wide)[:, None, None] * ages_MN
+        seen = self._seen(ages_MN)
+        if mask is not None and mask.dtype is torch.bool:
+            seen = mask if seen is None else mask & seen
+        elif mask is not None:
+            s_BHMN = s_BHMN + mask
+        return s_BHMN if seen is None else s_BHMN.masked_fill(~seen, float("-inf"))
+
+    def _seen(self, ages_MN: Tensor) -> Tensor | None:
+        if not self.is_causal and self.window is None:
+            return None
+        seen = ages_MN >= 0 if self.is_causal else torch.ones_like(ages_MN, dtype=torch.bool)
+        return seen if self.window is None else seen & (ages_MN < self.window)
+
+    def seen(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor | None:
+        """bool [S, T] of the causal mask and the window; None where they hide nothing."""
+        places_S1 = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+        return self._seen(places_S1 - torch.arange(n_keys, device=device))
+
+    def keep(self, shape: torch.Size, place: int, start: int, n_keys: int, like: Tensor) -> Tensor:
+        """What dropout multiplies the weights of a block with, [B, H, M, N]; places as for `block`, from 0."""
+        keep_RMN = torch.empty(shape[0] * shape[1], *shape[2:], device=like.device)
+        seed = (self.seed * _MIX) % 2**62
+        attention_dropout_kernel(keep_RMN, self.dropout_p, seed, place, start, n_keys)
+        return keep_RMN.view(shape).to(like.dtype)
+
+
+def weighted(weights_BHMN: Tensor, v_BKND: Tensor) -> Tensor:
+    """weights @ v for heads that share values, [B, H, M, D]."""
+    B, H, M, N = weights_BHMN.shape
+    K = v_BKND.shape[1]
+    rows_BKRN = weights_BHMN.reshape(B, K, H // K * M, N)
+    return (rows_BKRN @ v_BKND.to(weights_BHMN.dtype)).view(B, H, M, v_BKND.shape[-1])
+
+
+def plain_attention(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None = None,
+    slopes_H: Tensor | None = None, sinks_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention one step after the other, all scores in memory: what the variants are compared with.
+
+    Returns:
+        ([B, H, S, D] in q's dtype, zeros for a query that sees no key; the logarithm of each row's sum, [B, H, S]).
+    """
+    S, T = q_BHSD.shape[2], k_BKTD.shape[2]
+    s_BHST = scores.block(q_BHSD, k_BKTD, mask, slopes_H, T - S, 0)
+    lse_BHS = s_BHST.logsumexp(-1)
+    if sinks_H is not None:
+        lse_BHS = torch.logaddexp(lse_BHS, sinks_H.to(lse_BHS.dtype)[:, None].expand_as(lse_BHS))
+    weights_BHST = torch.exp(s_BHST - lse_BHS.masked_fill(lse_BHS == float("-inf"), 0.0)[..., None])
+    if scores.dropout_p:
+        weights_BHST = weights_BHST * scores.keep(weights_BHST.shape, 0, 0, T, weights_BHST)
+    return weighted(weights_BHST, v_BKTD).to(q_BHSD.dtype), lse_BHS
+
+
+def check_attention(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None = None,
+    slopes_H: Tensor | None = None, sinks_H: Tensor | None = None,
+) -> None:
+    """Raise for arguments that do not fit together.
+
+    Raises:
+        ShapeError: the shapes.
+        InputError: scale not above 0, dropout_p outside [0, 1), a window below 1, or more dtypes than one.
+    """
+    q, k, v = (tuple(x.shape) for x in (q_BHSD, k_BKTD, v_BKTD))
+    if not len(q) == len(k) == 4 or k != v or q[0] != k[0] or q[3] != k[3] or not k[1] or q[1] % k[1]:
+        raise ShapeError(f"q, k, v: {q}, {k}, {v} given; expected [B, H, S, D] and twice [B, K, T, D], "
+                         "H a multiple of K")
+    if not q_BHSD.dtype == k_BKTD.dtype == v_BKTD.dtype:
+        raise InputError(f"q, k, v: {q_BHSD.dtype}, {k_BKTD.dtype}, {v_BKTD.dtype} given; expected one dtype")
+    whole = (*q[:3], k[2])
+    if mask is not None and (mask.dim() > 4 or any(
+            m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(whole)))):
+        raise ShapeError(f"mask: {tuple(mask.shape)} given; expected a shape that broadcasts to {whole}")
+    for name, x in (("sinks", sinks_H), ("alibi", slopes_H)):
+        if x is not None and x.shape != (q[1],):
+            raise ShapeError(f"{name}: {tuple(x.shape)} given; expected [{q[1]}], one for each query head")
+    if not scores.scale > 0:
+        raise InputError(f"scale: {scores.scale} given; expected above 0")
+    if not 0 <= scores.dropout_p < 1:
+        raise InputError(f"dropout_p: {scores.dropout_p} given; expected 0 <= dropout_p < 1")
+    if scores.window is not None and scores.window < 1:
+        raise InputError(f"window: {scores.window} given; expected at least 1")

@@ -1,0 +1,184 @@
+"""Attention without a score matrix: tile kernels forward and backward, memory linear in the sequence.
+
+In: q, k, v. Out: the heads' weighted values. ops.attention calls the operation, dist.ring_attention its kernels.
+
+Dims: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.errors import InputError, UnsupportedError
+from tessera.kernel import Kernel
+from tessera.ops.attention_scores import Scores, check_attention, plain_attention
+from tessera.ops.chunked_attention import in_chunks, sink_gradient
+from tessera.ops.kernels.flash_attention import flash_attention_kernel
+from tessera.ops.kernels.flash_attention_backward import (
+    flash_attention_backward_kernel,
+    flash_attention_grad_kv_kernel,
+    flash_attention_grad_q_kernel,
+)
+from tessera.ops.registration import Operation
+from tessera.types import dtype_of
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+def flash_attention(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, *, window: int | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, alibi: Tensor | None = None, seed: int = 0, block_q: int | None = None,
+    block_k: int | None = None, block_d: int | None = None, precision: Any = None, accumulate: Any = "f32",
+    cache: Any = None, layer: int = 0,
+) -> Tensor:
+    """softmax(scale * q k^T) v in blocks, scores never held whole (arXiv:2205.14135).
+
+    Causal, windowed and plain attention with or without sinks run as tile kernels; a mask, ALiBi, a softcap or
+    dropout run as `chunked_attention`. Memory is linear in the sequence either way, in both directions.
+
+    Args:
+        q_BHSD: [B, H, S, D].
+        k_BKTD, v_BKTD: [B, K, T, D], H a multiple of K.
+        mask, dropout_p, is_causal, scale, window, sinks, softcap, alibi, seed: as for `attention`.
+        block_q, block_k: queries and keys a block; None: the kernel's schedule.
+        block_d: D, since a block takes heads whole.
+        precision: dtype that q, k and v are brought to first, such as "bf16"; None: as they are.
+        accumulate: of sums; "f32" (or "fp32") is what there is.
+        cache: a KVCache: k and v are appended to it, and all that it then holds are the keys; causal.
+        layer: of the cache.
+
+    Returns:
+        [B, H, S, D] in q's dtype; zeros for a query that sees no key.
+
+    Raises:
+        ShapeError, InputError: arguments that do not fit together.
+        UnsupportedError: another accumulate or block_d.
+    """
+    if block_d not in (None, q_BHSD.shape[-1]):
+        raise UnsupportedError(f"block_d: {block_d} given; expected {q_BHSD.shape[-1]}, a block takes heads whole")
+    if accumulate not in ("fp32", "f32", torch.float32):
+        raise UnsupportedError(f"accumulate: {accumulate!r} given; expected 'f32'")
+    dtype = q_BHSD.dtype
+    if precision is not None:
+        q_BHSD, k_BKTD, v_BKTD = (x.to(dtype_of(precision).torch) for x in (q_BHSD, k_BKTD, v_BKTD))
+    if cache is not None:
+        k_BKTD, v_BKTD = cache.update(layer, k_BKTD, v_BKTD)
+        is_causal = True
+    scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
+                    softcap=softcap, dropout_p=dropout_p, seed=seed)
+    check_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
+    if fits_flash(scores, mask, alibi):
+        out, _ = flash_attention_op(
+            q_BHSD, k_BKTD, v_BKTD, sinks, scores.scale, is_causal, window, _block("block_q", block_q),
+            _block("block_k", block_k))
+    else:
+        out = in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks, block_q or 512)
+    return out.to(dtype)
+
+
+def fits_flash(scores: Scores, mask: Tensor | None, slopes_H: Tensor | None) -> bool:
+    """Whether the tile kernels know such scores."""
+    return (mask is None and slopes_H is None and scores.softcap is None and not scores.dropout_p
+            and (scores.window is None or scores.is_causal))
+
+
+def _block(name: str, size: int | None) -> int:
+    if size is not None and not 1 <= size <= 1024:
+        raise InputError(f"{name}: {size} given; expected 1..1024, or None")
+    return size or 0
+
+
+@functools.cache
+def _scheduled(kernel: Kernel, block_q: int, block_k: int) -> Kernel:
+    tile = {name: size for name, size in (("BM", block_q), ("BN", block_k)) if size}
+    return kernel.with_schedule(tile=tile) if tile else kernel
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, causal: bool, window: int | None,
+    block_q: int, block_k: int,
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
+    _scheduled(flash_attention_kernel, block_q, block_k)(q, k, v, out, scale, causal, lse, window, sinks)
+    return out, lse
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, causal: bool, window: int | None, *_: int,
+) -> tuple[Tensor, Tensor]:
+    return plain_attention(q, k, v, Scores(scale=scale, is_causal=causal, window=window), sinks_H=sinks)
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def attention_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, scale: float,
+    causal: bool, window: int | None,
+) -> Grads:
+    """The gradients of q, k and v from the tile kernels: one program a key head, or, with few, one a block."""
+    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    if q.is_cpu and k.shape[0] * k.shape[1] >= 2 * torch.get_num_threads():
+        grad_q = torch.zeros_like(q, dtype=torch.float32)
+        flash_attention_backward_kernel(
+            grad, q, k, v, out, lse, grad_q, grad_k, grad_v, scale, causal, window, grad_lse)
+        return grad_q.to(q.dtype), grad_k, grad_v
+    grad_q = torch.empty_like(q)
+    flash_attention_grad_q_kernel(grad, q, k, v, out, lse, grad_q, scale, causal, window, grad_lse)
+    flash_attention_grad_kv_kernel(grad, q, k, v, out, lse, grad_k, grad_v, scale, causal, window, grad_lse)
+    return grad_q, grad_k, grad_v
+
+
+def _backward_reference(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, scale: float,
+    causal: bool, window: int | None,
+) -> Grads:
+    """The formulas of kernels/flash_attention_backward.py, scores in memory."""
+    (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
+    scores = Scores(scale=scale, is_causal=causal, window=window)
+    safe_lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    weights = torch.exp(scores.block(q, k, None, None, T - S, 0) - safe_lse[..., None])
+    grad_wide, rows = grad.to(weights.dtype), (B, K, H // K * S)
+    slopes = (grad_wide.reshape(*rows, D) @ v.to(weights.dtype).mT).view(weights.shape)
+    delta = (grad_wide * out).sum(-1) - (0 if grad_lse is None else grad_lse)
+    slopes = (weights * (slopes - delta[..., None]) * scale).reshape(*rows, T)
+    grad_q = (slopes @ k.to(slopes.dtype)).view(B, H, S, D)
+    grad_k = slopes.mT @ q.to(slopes.dtype).reshape(*rows, D)
+    grad_v = weights.reshape(*rows, T).mT @ grad_wide.reshape(*rows, D)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+flash_attention_backward_op = Operation(
+    "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? grad_lse, "
+    "float scale, bool causal, int? window) -> (Tensor, Tensor, Tensor)",
+    kernel=attention_gradients, reference=_backward_reference,
+    fake=lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+
+
+def _save(inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+    return (*inputs[:7], *output)
+
+
+def _backward(saved: Sequence[Any], grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, sinks, scale, causal, window, out, lse = saved
+    grads = flash_attention_backward_op.registered(grad, q, k, v, out, lse, grad_lse, scale, causal, window)
+    grad_sinks = None
+    if sinks is not None:
+        delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
+        grad_sinks = sink_gradient(sinks, lse, delta)
+    return (*grads, grad_sinks, *(None,) * 5)
+
+
+# (q, k, v, sinks, scale, causal, window, block_q, block_k) -> (result, log-sum-exp [B, H, S]); blocks of 0 are the
+# kernel's own.
+flash_attention_op = Operation(
+    "flash_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, bool causal, int? window, "
+    "int block_q, int block_k) -> (Tensor, Tensor)",
+    kernel=_kernel, reference=_reference, fake=_fake, save=_save, backward=_backward)

@@ -1,0 +1,163 @@
+"""Gradients of attention without a score matrix: weights are computed again from the rows' log-sum-exp.
+
+With P the weights, dO the result's gradient and L that of the log-sum-exp: dV = P^T dO, dP = dO V^T,
+dS = P (dP - rowsum(dO O) + L), dQ = scale dS K, dK = scale dS^T Q (arXiv:2205.14135, appendix B).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from tessera import kernel
+from tessera.kernel import lang as tile
+from tessera.types import Tile, f32
+
+
+def _weights(scores, lse, place, start, causal, window):
+    """The softmax weights of a block, [M, N]: queries from `place`, keys from `start`."""
+    if causal:
+        scores = tile.apply_causal_mask(scores, place, start)
+    if window is not None:
+        ages = (tile.arange(scores.shape[0]) + place)[:, None] - (tile.arange(scores.shape[1]) + start)[None, :]
+        scores = tile.where(ages < window, scores, -float("inf"))
+    # A row that sees no key has -inf, and -inf - -inf would be NaN; a score above its row's sum is one of rounding.
+    safe_lse = tile.where(lse == -float("inf"), 0.0, lse)
+    return tile.exp(tile.minimum(scores - safe_lse[:, None], 0.0))
+
+
+def _excess(grads, out, grad_lse):
+    """rowsum(dO O) - L of a block of rows, [M]."""
+    delta = tile.reduce_sum(tile.cast(grads, f32) * tile.cast(out, f32), axis=-1)
+    return delta if grad_lse is None else delta - grad_lse
+
+
+@kernel
+def flash_attention_backward_kernel(
+    grad: Tile["B", "H", "S", "D"], q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"],
+    v: Tile["B", "H_kv", "T", "D"], out: Tile["B", "H", "S", "D"], lse: Tile["B", "H", "S", f32],
+    grad_q: Tile["B", "H", "S", "D", f32], grad_k: Tile["B", "H_kv", "T", "D"], grad_v: Tile["B", "H_kv", "T", "D"],
+    scale: float, causal: bool = False, window: Optional[int] = None,  # noqa: UP045
+    grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
+):
+    """All three gradients, five products a block: a program has a key head and the query heads that share it.
+
+    Args:
+        grad: [B, H, S, D], of the result.
+        q, k, v, out, lse, scale, causal, window: as flash_attention_kernel took and gave them.
+        grad_q: [B, H, S, D] f32, zeros; the sum over the keys.
+        grad_k, grad_v: [B, H_kv, T, D], written.
+        grad_lse: [B, H, S] f32, of the log-sum-exp; None for zero.
+    """
+    ctx = tile.context()
+    rows, columns, group = ctx.block_m, ctx.block_n, ctx.H // ctx.H_kv
+    for batch, shared in tile.grid(ctx.B, ctx.H_kv):
+        for start in tile.range(0, ctx.T, columns):
+            keys = tile.load(k[batch, shared, start:start + columns])
+            values = tile.load(v[batch, shared, start:start + columns])
+            sum_k = tile.zeros((columns, ctx.D), f32)
+            sum_v = tile.zeros((columns, ctx.D), f32)
+            begin, end = 0, ctx.S
+            if causal:
+                begin = tile.maximum(start + ctx.S - ctx.T, 0) // rows * rows
+            if window is not None:
+                end = tile.minimum(end, start + columns + window - 1 + ctx.S - ctx.T)
+            for head in tile.range(shared * group, shared * group + group):
+                for first in tile.range(begin, end, rows):
+                    queries = tile.load(q[batch, head, first:first + rows])
+                    grads = tile.load(grad[batch, head, first:first + rows])
+                    row_lse = tile.load(lse[batch, head, first:first + rows])
+                    row_grad = None
+                    if grad_lse is not None:
+                        row_grad = tile.load(grad_lse[batch, head, first:first + rows])
+                    scores = tile.mma(queries, tile.transpose(keys)) * scale
+                    weights = _weights(scores, row_lse, first + ctx.T - ctx.S, start, causal, window)
+                    excess = _excess(grads, tile.load(out[batch, head, first:first + rows]), row_grad)
+                    slopes = weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
+                    sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
+                    sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
+                    before = tile.load(grad_q[batch, head, first:first + rows])
+                    tile.store(grad_q[batch, head, first:first + rows], before + tile.mma(slopes, keys))
+            tile.store(grad_k[batch, shared, start:start + columns], sum_k)
+            tile.store(grad_v[batch, shared, start:start + columns], sum_v)
+
+
+@kernel
+def flash_attention_grad_q_kernel(
+    grad: Tile["B", "H", "S", "D"], q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"],
+    v: Tile["B", "H_kv", "T", "D"], out: Tile["B", "H", "S", "D"], lse: Tile["B", "H", "S", f32],
+    grad_q: Tile["B", "H", "S", "D"], scale: float, causal: bool = False, window: Optional[int] = None,  # noqa: UP045
+    grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
+):
+    """The gradient of q alone, a program a block of queries: for more processors than there are key heads.
+
+    Args: as for flash_attention_backward_kernel; grad_q is written, in any float type.
+    """
+    ctx = tile.context()
+    rows, columns = ctx.block_m, ctx.block_n
+    for batch, head, block in tile.grid(ctx.B, ctx.H, tile.cdiv(ctx.S, rows)):
+        first = block * rows
+        place = first + ctx.T - ctx.S
+        shared = head // (ctx.H // ctx.H_kv)
+        queries = tile.load(q[batch, head, first:first + rows])
+        grads = tile.load(grad[batch, head, first:first + rows])
+        row_lse = tile.load(lse[batch, head, first:first + rows])
+        row_grad = None
+        if grad_lse is not None:
+            row_grad = tile.load(grad_lse[batch, head, first:first + rows])
+        excess = _excess(grads, tile.load(out[batch, head, first:first + rows]), row_grad)
+        total = tile.zeros((rows, ctx.D), f32)
+        begin, end = 0, ctx.T
+        if window is not None:
+            begin = tile.maximum(place - window + 1, 0) // columns * columns
+        if causal:
+            end = tile.minimum(end, place + rows)
+        for start in tile.range(begin, end, columns):
+            keys = tile.load(k[batch, shared, start:start + columns])
+            values = tile.load(v[batch, shared, start:start + columns])
+            scores = tile.mma(queries, tile.transpose(keys)) * scale
+            weights = _weights(scores, row_lse, place, start, causal, window)
+            slopes = weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
+            total = tile.mma(slopes, keys, total)
+        tile.store(grad_q[batch, head, first:first + rows], total)
+
+
+@kernel
+def flash_attention_grad_kv_kernel(
+    grad: Tile["B", "H", "S", "D"], q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"],
+    v: Tile["B", "H_kv", "T", "D"], out: Tile["B", "H", "S", "D"], lse: Tile["B", "H", "S", f32],
+    grad_k: Tile["B", "H_kv", "T", "D"], grad_v: Tile["B", "H_kv", "T", "D"], scale: float, causal: bool = False,
+    window: Optional[int] = None, grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
+):
+    """The gradients of k and v alone, a program a block of keys: for more processors than there are key heads.
+
+    Args: as for flash_attention_backward_kernel.
+    """
+    ctx = tile.context()
+    rows, columns, group = ctx.block_m, ctx.block_n, ctx.H // ctx.H_kv
+    for batch, shared, block in tile.grid(ctx.B, ctx.H_kv, tile.cdiv(ctx.T, columns)):
+        start = block * columns
+        keys = tile.load(k[batch, shared, start:start + columns])
+        values = tile.load(v[batch, shared, start:start + columns])
+        sum_k = tile.zeros((columns, ctx.D), f32)
+        sum_v = tile.zeros((columns, ctx.D), f32)
+        begin, end = 0, ctx.S
+        if causal:
+            begin = tile.maximum(start + ctx.S - ctx.T, 0) // rows * rows
+        if window is not None:
+            end = tile.minimum(end, start + columns + window - 1 + ctx.S - ctx.T)
+        for head in tile.range(shared * group, shared * group + group):
+            for first in tile.range(begin, end, rows):
+                queries = tile.load(q[batch, head, first:first + rows])
+                grads = tile.load(grad[batch, head, first:first + rows])
+                row_lse = tile.load(lse[batch, head, first:first + rows])
+                row_grad = None
+                if grad_lse is not None:
+                    row_grad = tile.load(grad_lse[batch, head, first:first + rows])
+                scores = tile.mma(queries, tile.transpose(keys)) * scale
+                weights = _weights(scores, row_lse, first + ctx.T - ctx.S, start, causal, window)
+                excess = _excess(grads, tile.load(out[batch, head, first:first + rows]), row_grad)
+                slopes = weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
+                sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
+                sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
+        tile.store(grad_k[batch, shared, start:start + columns], sum_k)
+        tile.store(grad_v[batch, shared, start:start + columns], sum_v)
