@@ -26,6 +26,7 @@ _PUBLIC: dict[str, str] = {
     **dict.fromkeys(("jit", "fused"), "tessera.function.compiling"), "memory_efficient": "tessera.function.recompute",
     "checkpoint_region": "tessera.function.region", "precision": "tessera.function.precision",
     "numerically_stable": "tessera.function.stability", "module": "tessera.function.module",
+    "quantized": "tessera.ops.quantized_function",
     "load_model": "tessera.models.load", "save_model": "tessera.models.save",
     **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange"), "tessera.dist"),
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",

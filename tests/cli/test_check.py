@@ -296,7 +296,8 @@ def test_wrong_code_is_shown(check, name) -> None:
 
 def test_every_error_is_found_in_order(check) -> None:
     parts = [textwrap.dedent(WRONG[name][0]) for name in ("result", "kernel", "dtype", "inner dims")]
-    code, out = check("\n".join(p.replace("def f", f"def f{i}").replace("def k", f"def k{i}") for i, p in enumerate(parts)))
+    renamed = [p.replace("def f", f"def f{i}").replace("def k", f"def k{i}") for i, p in enumerate(parts)]
+    code, out = check("\n".join(renamed))
     lines = [int(line.split(":")[1]) for line in out.splitlines() if ": error: " in line]
     assert code == 1 and len(lines) == 4 and lines == sorted(lines)
 
