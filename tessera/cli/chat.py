@@ -6,11 +6,12 @@ In: lines from a terminal or a pipe. Out: streamed answers on stdout, notes on s
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from tessera.cli.loading import Session, load
 from tessera.cli.options import ModelOptions, SamplingOptions
-from tessera.errors import InputError, TesseraError, UnsupportedError
+from tessera.errors import InputError, TesseraError
 
 HELP = """\
 /help          this list
@@ -25,13 +26,21 @@ def run(model: ModelOptions, sampling: SamplingOptions, *, system: str | None) -
 
     Raises:
         TesseraError: the model cannot be loaded; or, when the input is not a terminal, a turn fails.
-        UnsupportedError: more than one rank.
     """
     if model.tp > 1:
-        raise UnsupportedError(f"--tp: {model.tp} given; chat runs in one process, generate and serve on several")
-    session = load(model)
-    session.tokenizer.apply_chat_template([{"role": "user", "content": "?"}])  # fails now if there is no template
-    conversation = Conversation(session, sampling, system)
+        from tessera.cli import chat_ranks
+
+        chat_ranks.run(model, sampling, system)
+    else:
+        converse(Conversation(load(model), sampling, system).take)
+
+
+def converse(take: Callable[[str], bool]) -> None:
+    """Give each line of stdin to `take`, until it returns False or the input ends.
+
+    Raises:
+        TesseraError: `take` raised it, and the input is not a terminal.
+    """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
@@ -51,7 +60,7 @@ def run(model: ModelOptions, sampling: SamplingOptions, *, system: str | None) -
             continue
         was_interrupted = False
         try:
-            if not conversation.take(line):
+            if not take(line):
                 return
         except TesseraError as error:
             if not is_terminal:
@@ -66,10 +75,18 @@ class Conversation:
         session: the model.
         sampling: how answers are made.
         system: the system message, or None.
+        is_stopped: asked after each piece of an answer, whether it ends there.
+
+    Raises:
+        TesseraError: the model has no chat template.
     """
 
-    def __init__(self, session: Session, sampling: SamplingOptions, system: str | None = None) -> None:
-        self.session, self.sampling, self.system = session, sampling, system
+    def __init__(
+        self, session: Session, sampling: SamplingOptions, system: str | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        session.tokenizer.apply_chat_template([{"role": "user", "content": "?"}])  # fails now if there is no template
+        self.session, self.sampling, self.system, self._is_stopped = session, sampling, system, is_stopped
         self.turns: list[dict[str, str]] = []  # user and assistant by turns
 
     def take(self, line: str) -> bool:
@@ -105,6 +122,8 @@ class Conversation:
             for piece in self.session.engine.stream(ids, tokenizer=self.session.tokenizer, **options):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
+                if self._is_stopped():
+                    break
         except KeyboardInterrupt:
             pass
         except TesseraError:

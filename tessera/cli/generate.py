@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tessera import dist
+from tessera import dist, env
 from tessera.cli.loading import Session, load
 from tessera.cli.options import ModelOptions, SamplingOptions
 from tessera.errors import InputError, NotFoundError
@@ -41,7 +41,8 @@ def run(
     if stream is None:
         stream = sys.stdout.isatty() and sampling.num_beams == 1 and not as_json
     if model.tp > 1:
-        dist.spawn(_on_rank, model.tp, model, sampling, text, chat, system, stream, as_json, threads=model.threads)
+        dist.spawn(_on_rank, model.tp, model, sampling, text, chat, system, stream, as_json, threads=model.threads,
+                   traces=env.get("TESSERA_DEBUG"))
     else:
         _speak(model, sampling, text, chat, system, stream, as_json)
 

@@ -34,7 +34,9 @@ _GRACE = 4.0  # seconds: more than a watchdog needs to explain a death
 _MOST_RANKS = 1024
 
 
-def spawn(function: Callable[..., Any], nproc: int, *args: Any, threads: int | None = None) -> list[Any]:
+def spawn(
+    function: Callable[..., Any], nproc: int, *args: Any, threads: int | None = None, traces: bool = True,
+) -> list[Any]:
     """Run function(*args) on nproc ranks and return what each returned, in order of rank.
 
     Args:
@@ -42,12 +44,13 @@ def spawn(function: Callable[..., Any], nproc: int, *args: Any, threads: int | N
         nproc: ranks.
         args: picklable, the same for every rank.
         threads: torch's threads a rank; default this machine's cores divided by nproc.
+        traces: a rank prints the traceback of what it raises (never of a CollectiveError: one line says it all).
 
     Raises:
         InputError: nproc out of range.
         CollectiveError: a rank raised, exited or was killed; the message begins with the first one's.
     """
-    ranks = _start(nproc, threads, function, args)
+    ranks = _start(nproc, threads, function, args, traces)
     try:
         failure = _supervise(ranks)
     finally:
@@ -69,7 +72,7 @@ def launch(script: str, args: Sequence[str] = (), nproc: int = 1, threads: int |
     """
     if script != "-m" and not os.path.isfile(script):
         raise NotFoundError(f"script: no file at {script!r}")
-    ranks = _start(nproc, threads, _run_script, (script, list(args)))
+    ranks = _start(nproc, threads, _run_script, (script, list(args)), True)
     try:
         failure = _supervise(ranks)
     except KeyboardInterrupt:
@@ -130,7 +133,9 @@ class _Rank:
         return f"rank {self.number} (process {self.process.pid}) exited with status {self.status}"
 
 
-def _start(nproc: int, threads: int | None, function: Callable[..., Any], args: tuple[Any, ...]) -> list[_Rank]:
+def _start(
+    nproc: int, threads: int | None, function: Callable[..., Any], args: tuple[Any, ...], traces: bool,
+) -> list[_Rank]:
     if not isinstance(nproc, int) or not 1 <= nproc <= _MOST_RANKS:
         raise InputError(f"nproc: {nproc} given; expected 1..{_MOST_RANKS}")
     if threads is None:
@@ -145,7 +150,7 @@ def _start(nproc: int, threads: int | None, function: Callable[..., Any], args: 
         for number in range(nproc):
             receiver, sender = context.Pipe(duplex=False)
             own = {**environment, "RANK": str(number), "LOCAL_RANK": str(number)}
-            process = context.Process(target=_main, args=(sender, own, threads, function, args))
+            process = context.Process(target=_main, args=(sender, own, threads, function, args, traces))
             process.start()
             sender.close()
             ranks.append(_Rank(number, process, receiver))
@@ -156,7 +161,9 @@ def _start(nproc: int, threads: int | None, function: Callable[..., Any], args: 
     return ranks
 
 
-def _main(results: Any, environment: dict[str, str], threads: int, function: Any, args: tuple[Any, ...]) -> None:
+def _main(
+    results: Any, environment: dict[str, str], threads: int, function: Any, args: tuple[Any, ...], traces: bool,
+) -> None:
     """What a rank's process does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # even inside a collective, where Python would not look
     os.environ.clear()
@@ -168,9 +175,9 @@ def _main(results: Any, environment: dict[str, str], threads: int, function: Any
     except SystemExit:
         raise
     except BaseException as error:
-        if isinstance(error, CollectiveError):  # this rank sees what befell another: one line says it all
+        if isinstance(error, CollectiveError):
             print(f"tessera: {error}", file=sys.stderr)
-        elif not isinstance(error, KeyboardInterrupt):
+        elif traces and not isinstance(error, KeyboardInterrupt):
             traceback.print_exception(error)
         with contextlib.suppress(OSError):
             results.send_bytes(pickle.dumps((False, f"{type(error).__name__}: {error}")))
