@@ -15,6 +15,8 @@ SHOWN = {
     "03_load_and_save.py": ["equal logits: True", "as bf16: torch.bfloat16"],
     "04_sampling.py": ["top_p=0.9, seed=1", "same seed, same text: True"],
     "05_kernel.py": ["largest error: below 1e-5", "kernel rms_norm(", "x has D=1003 but weight has D=1002"],
+    "06_function.py": ["down has F=8 (axis 0 of [8, 32]) but up has F=32", "same gradients: True", "torch.bfloat16",
+                       "wrong.py:7:12: error: ", "note: k is f32[B, T, D]", "exit code 1"],
 }
 
 

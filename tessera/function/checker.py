@@ -193,7 +193,8 @@ def _defined(module: types.ModuleType, file: str) -> list[tuple[str, Any, type |
         thing = getattr(thing, "__func__", thing)
         kernel = getattr(thing, "__tile_kernel__", None)
         thing = kernel if isinstance(kernel, Kernel) else thing
-        if not isinstance(thing, Kernel) and signature_of(thing) is None:
+        signature = signature_of(thing)
+        if not isinstance(thing, Kernel) and (signature is None or signature.is_trivial):
             return
         code = thing.function.__code__ if isinstance(thing, Kernel) else inspect.unwrap(thing).__code__
         if os.path.realpath(code.co_filename) == os.path.realpath(file):

@@ -59,7 +59,7 @@ def decorate(function: Any, transform: Transform | None) -> Any:
             raise InputError(f"function: {function!r} given; expected a Python function")
         body, signature = function, read_signature(function, _names_in_scope())
     call = body if transform is None else transform(body)
-    checked = call if signature.is_trivial else make_checked(signature, call)
+    checked: Any = call if signature.is_trivial else make_checked(signature, call)
     if checked is not body:
         functools.update_wrapper(checked, body)
     checked.__tessera_signature__, checked.__tessera_body__ = signature, call

@@ -45,7 +45,7 @@ def module(cls: Any) -> Any:
 
 def _joined(cls: type) -> type:
     """A subclass of the class and nn.Module, in the class's place."""
-    given = cls.__init__ if "__init__" in vars(cls) else None
+    given = vars(cls).get("__init__")
 
     def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
         nn.Module.__init__(self)

@@ -64,10 +64,11 @@ class checkpoint_region:
             stack.__exit__(*error)
 
 
-Key = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
+Key = tuple[Any, ...]
 
 
 def _key(x: Tensor) -> Key:
+    """Where a tensor lies, and how: what the same value has in every object that autograd makes for it."""
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype
 
 
