@@ -12,7 +12,10 @@ Error bounds, for values x and a scale s of their row, group, ...:
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +33,8 @@ _TORCH = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _BITS = {"int8": 8, "int4": 4}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E8M0_BIAS, _E8M0_NAN = 127, 255
+
+_SCALES: contextvars.ContextVar[Mapping[str, float] | None] = contextvars.ContextVar("tessera_scales", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,3 +261,28 @@ def fake_quantize_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Weight rounded as `quantize_rows` stores it; gradients pass straight through (arXiv:1308.3432)."""
     rounded = dequantize_rows(*quantize_rows(weight.detach(), dtype), weight.dtype)
     return weight + (rounded - weight.detach())
+
+
+@contextlib.contextmanager
+def context(scales: Mapping[str, float]) -> Iterator[None]:
+    """What the numbers of fp8 operations inside are multiples of, by name.
+
+    `mul_fp8` gives multiples of scales["hidden"], which the product that reads them takes as its input_scale;
+    without that name, multiples of 1.
+
+    Raises:
+        InputError: a scale is not a positive number.
+    """
+    for name, scale in scales.items():
+        if not 0 < scale < float("inf"):
+            raise InputError(f"scales: {name!r} is {scale}; expected a positive number")
+    token = _SCALES.set(dict(scales))
+    try:
+        yield
+    finally:
+        _SCALES.reset(token)
+
+
+def context_scale(name: str) -> float:
+    """The scale of that name in the innermost `context`; 1 where there is none."""
+    return (_SCALES.get() or {}).get(name, 1.0)

@@ -8,10 +8,7 @@ Dims: M rows (all leading dims flattened), K inputs, N outputs.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +16,9 @@ from torch import Tensor
 
 from tessera.errors import ShapeError, UnsupportedError
 from tessera.ops.kernels.casted_linear import casted_linear_kernel, int8_product_kernel, quantize_rows_kernel
-from tessera.ops.quantize import dequantize_rows, fake_quantize_rows, is_quantized
+from tessera.ops.quantize import context_scale, dequantize_rows, fake_quantize_rows, is_quantized
 from tessera.ops.registration import Operation
 from tessera.types import DType, dtype_of
-
-_SCALES: contextvars.ContextVar[Mapping[str, float] | None] = contextvars.ContextVar("tessera_scales", default=None)
 
 
 def casted_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,20 +90,6 @@ def quantized_matmul(
     return saturate(out_MN.view(*x.shape[:-1], weight.shape[1]), dtype_of(output_dtype).torch)
 
 
-@contextlib.contextmanager
-def context(scales: Mapping[str, float]) -> Iterator[None]:
-    """What the numbers of fp8 operations inside are multiples of, by name.
-
-    `mul_fp8` gives multiples of scales["hidden"], which the product that reads them takes as its input_scale;
-    without that name, multiples of 1.
-    """
-    token = _SCALES.set(dict(scales))
-    try:
-        yield
-    finally:
-        _SCALES.reset(token)
-
-
 def swish_fp8(x: Tensor, beta: float = 1.0) -> Tensor:
     """x * sigmoid(beta * x) of fp8 numbers, computed in f32, rounded once, saturated."""
     wide = x.float()
@@ -116,8 +97,8 @@ def swish_fp8(x: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def mul_fp8(a: Tensor, b: Tensor) -> Tensor:
-    """a * b of fp8 numbers in multiples of the context's "hidden" scale, in f32, rounded once, saturated."""
-    return saturate(a.float() * b.float() / (_SCALES.get() or {}).get("hidden", 1.0), a.dtype)
+    """a * b of fp8 numbers, in multiples of the "hidden" scale of `ops.quantize.context`; in f32, rounded once."""
+    return saturate(a.float() * b.float() / context_scale("hidden"), a.dtype)
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
