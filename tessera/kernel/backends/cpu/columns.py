@@ -84,8 +84,10 @@ def split_index(ctx: Context, position: Val, size: Val) -> tuple[Val, Val]:
 
 
 def run_elements(memory: Memory) -> int:
-    """How many elements lie in a run."""
-    return UNITS * 32 // memory.dtype.bits if memory.dtype.bits < 64 and memory.dtype.name != "bool" else 0
+    """How many elements lie in a run; 0 for memory that is not read in runs."""
+    if memory.dtype.bits == 64 or memory.dtype.name == "bool" or not memory.starts_byte:
+        return 0
+    return UNITS * 32 // memory.dtype.bits
 
 
 def load_across(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int, lanes: int,
@@ -95,46 +97,67 @@ def load_across(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int,
     Args:
         mask: selects the first rows; others are not read.
     """
-    size = run_elements(memory)
-    run = next((i for i, (index, stride) in enumerate(zip(indices, memory.strides))
-                if i != axis and stride.const == 1 and isinstance(index, Step)), None)
-    if run is None or not size or lanes % UNITS:
-        return None
-    at = indices[run]
-    assert isinstance(at, Step)
-    if at.factor % size:
+    size, run = run_elements(memory), _unit_axis(memory, axis)
+    at = None if run is None else indices[run]
+    if run is None or not isinstance(at, Step) or not size or lanes % UNITS or at.factor % size:
         return None
     offset = at.offset % size
-    start = list(indices)
-    start[run] = step(ctx, at.root, at.factor, at.offset - offset)
-    key = ("run", memory.pointer.name, *(i.name for i in start), axis, lanes, mask and mask.name)
+    start = step(ctx, at.root, at.factor, at.offset - offset)
+    key = ("run", *_row_key(memory, indices, run, axis, lanes, mask), start.name)
     if ctx.lookup((*key, 0)) is None:
-        starts_line = (at.offset - offset) * memory.dtype.bits // 8 % LINE == 0
-        for number, unit in enumerate(_units(ctx, memory, start, axis, lanes, mask, starts_line)):
+        rows = _rows(ctx, memory, indices, run, axis, lanes, mask)
+        ahead = (at.offset - offset) * memory.dtype.bits // 8 % LINE == 0
+        for number, unit in enumerate(_units(ctx, memory, rows, start, ctx.rows_ahead if ahead else 0, axis)):
             ctx.remember((*key, number), unit)
     unit = ctx.lookup((*key, offset * UNITS // size))
     assert unit is not None
     return _element(ctx.b, unit, memory, offset % (size // UNITS))
 
 
-def _units(ctx: Context, memory: Memory, start: Sequence[Val], axis: int, lanes: int, mask: Val | None,
-           starts_line: bool) -> list[Val]:
-    """Runs of `lanes` rows as UNITS vectors of i32: vector u has unit u of each row."""
+def find_rows(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int, lanes: int, mask: Val | None) -> None:
+    """Compute the addresses that `load_across` will need, before the loop along the rows."""
+    run = _unit_axis(memory, axis)
+    if run is not None and run_elements(memory) and lanes and lanes % UNITS == 0:
+        _rows(ctx, memory, indices, run, axis, lanes, mask)
+
+
+def _unit_axis(memory: Memory, axis: int) -> int | None:
+    return next((i for i, stride in enumerate(memory.strides) if i != axis and stride.const == 1), None)
+
+
+def _row_key(memory: Memory, indices: Sequence[Val], run: int, axis: int, lanes: int, mask: Val | None) -> tuple:
+    return (memory.pointer.name, *(index.name for i, index in enumerate(indices) if i != run), axis, lanes,
+            mask and mask.name)
+
+
+def _rows(ctx: Context, memory: Memory, indices: Sequence[Val], run: int, axis: int, lanes: int,
+          mask: Val | None) -> list[Val]:
+    """The addresses of the starts of `lanes` rows; rows that the mask leaves out stand for the first one."""
+    b, key = ctx.b, ("rows", *_row_key(memory, indices, run, axis, lanes, mask))
+    if ctx.lookup((*key, 0)) is None:
+        first = _address(ctx, memory, [*indices[:run], emit.const(0, I64), *indices[run + 1:]])
+        for lane in range(lanes):
+            row: Val = emit.const(lane, I64)
+            if mask is not None and lane:
+                row = b.select(b.extract(mask, lane), row, 0)
+            pointer = _behind(b, first, b.mul(row, memory.strides[axis]), memory)
+            ctx.remember((*key, lane), pointer)
+    found = [ctx.lookup((*key, lane)) for lane in range(lanes)]
+    return [pointer for pointer in found if pointer is not None]
+
+
+def _units(ctx: Context, memory: Memory, rows: Sequence[Val], start: Val, ahead: int, axis: int) -> list[Val]:
+    """Runs of rows as UNITS vectors of i32: vector u has unit u of each row."""
     b = ctx.b
-    first = _address(ctx, memory, start)
-    rows = []
-    for lane in range(lanes):
-        row: Val = emit.const(lane, I64)
-        if mask is not None and lane:
-            row = b.select(b.extract(mask, lane), row, 0)
-        distance = b.mul(row, memory.strides[axis])
-        if ctx.rows_ahead and starts_line:
-            ahead = b.mul(b.add(row, ctx.rows_ahead), memory.strides[axis])
-            b.prefetch(_behind(b, first, ahead, memory), locality=2)
-        rows.append(b.load(_behind(b, first, distance, memory), emit.vec(UNITS, I32), align=1))
-    quarter = lanes // UNITS
+    runs = []
+    for row in rows:
+        at = _behind(b, row, start, memory)
+        if ahead:
+            b.prefetch(_behind(b, at, b.mul(memory.strides[axis], ahead), memory), locality=2)
+        runs.append(b.load(at, emit.vec(UNITS, I32), align=1))
+    parts = range(len(rows) // UNITS)
     # Part p of the vector i is row 4p + i, so that transposing inside the parts puts rows in order.
-    return transpose_parts(b, [b.concat([rows[UNITS * p + i] for p in range(quarter)]) for i in range(UNITS)])
+    return transpose_parts(b, [b.concat([runs[UNITS * p + i] for p in parts]) for i in range(UNITS)])
 
 
 def transpose_parts(b: Builder, rows: Sequence[Val]) -> list[Val]:

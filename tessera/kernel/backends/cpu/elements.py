@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tessera.errors import UnsupportedError
 from tessera.kernel.backends.cpu import emit, vmath
-from tessera.kernel.backends.cpu.columns import is_aligned, load_across, merge_index, split_index
+from tessera.kernel.backends.cpu.columns import find_rows, is_aligned, load_across, merge_index, split_index
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
 from tessera.kernel.backends.cpu.storage import from_storage, load_first, round_to, store_first, to_storage
@@ -209,6 +209,10 @@ def hoist(ctx: Context, value: Value, point: Point) -> None:
         element(ctx, value, point)
         return
     if value.name in ctx.memory or value.op is None or value.op.name in ("load", "iota", "gather"):
+        memory = ctx.memory.get(value.op.operands[0].name if value.op is not None and value.op.name == "load"
+                                else value.name)
+        if memory is not None and point.axis is not None and memory.strides[point.axis].const not in (0, 1):
+            find_rows(ctx, memory, point.indices, point.axis, point.lanes, point.mask)
         return
     for operand, at in operand_points(ctx, value.op, point):
         hoist(ctx, operand, at)

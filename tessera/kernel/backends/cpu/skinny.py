@@ -19,7 +19,7 @@ from tessera.kernel.backends.cpu import emit
 from tessera.kernel.backends.cpu.columns import run_elements, step
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory
 from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, operand_points
-from tessera.kernel.backends.cpu.emit import F32, I1, I16, I32, I64, Val
+from tessera.kernel.backends.cpu.emit import F32, I1, I16, I32, I64, Builder, Val
 from tessera.kernel.backends.cpu.loops import run_lanes
 from tessera.kernel.backends.cpu.mma_dot import Dot, multiply_add
 from tessera.kernel.dims import Dim
@@ -168,6 +168,12 @@ def _group(value: Value) -> int:
     return size if size is not None and 1 < size <= _LARGEST_BLOCK else 1
 
 
+def _opaque(b: Builder, index: Val) -> Val:
+    """The same number, but nothing that LLVM knows how to count: its search for the best addresses of some dozens of
+    rows would take longer than all the rest of its work, and finds nothing."""
+    return b.emit(f'call i64 asm "", "=r,0"({index})', I64)
+
+
 class _Strip:
     """Up to eight rows of C for one block of k."""
 
@@ -235,12 +241,13 @@ class _Strip:
                 hoist(ctx, self.p.w, self._point(ANY, at, None))
             with b.for_(0, b.udiv(whole, block), carry=self._start(rows, columns, self.going, None)) as loop, \
                     ctx.scope():
-                root = b.add(loop.i, b.udiv(self.start, block))
+                here = _opaque(b, loop.i)
+                root = b.add(here, b.udiv(self.start, block))
                 sums = list(loop.carry)
                 for i, offset in self._turns(panels):
                     w = self._weights(step(ctx, root, block, offset), columns[i], None,
                                       lambda o=offset: step(ctx, root, block, o + 1))
-                    sums[i::panels] = self._add(sums[i::panels], b.add(b.mul(loop.i, block), offset), w)
+                    sums[i::panels] = self._add(sums[i::panels], b.add(b.mul(here, block), offset), w)
                 loop.next(sums)
             self._finish(loop.results, columns, None)
 
@@ -262,12 +269,13 @@ class _Strip:
             hoist(ctx, self.p.w, self._point(ANY, column.i, mask))
             sums = self._start(rows, [column.i], going, mask)
             with b.for_(b.udiv(begin, block), b.udiv(whole, block), carry=sums) as loop, ctx.scope():
-                root = b.add(loop.i, b.udiv(self.start, block))
+                here = _opaque(b, loop.i)
+                root = b.add(here, b.udiv(self.start, block))
                 totals = list(loop.carry)
                 for offset in range(0, block, pack):
                     w = self._weights(step(ctx, root, block, offset), column.i, mask,
                                       lambda o=offset: step(ctx, root, block, o + 1))
-                    totals = self._add(totals, b.add(b.mul(loop.i, block), offset), w)
+                    totals = self._add(totals, b.add(b.mul(here, block), offset), w)
                 loop.next(totals)
             with b.for_(whole, self.steps, pack, carry=loop.results) as rest, ctx.scope():
                 k = b.add(self.start, rest.i)
