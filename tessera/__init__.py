@@ -14,6 +14,10 @@ __version__ = "0.1.0"
 _TYPES = (
     "f64 f32 f16 bf16 fp8_e4m3 fp8_e5m2 fp8 int64 int32 int8 uint8 int4 Tile Tensor DType"
 ).split()
+# Names that mean what torch means by them.
+_TORCH = (
+    "cat cos cumsum exp log mean multinomial no_grad ones_like relu sin sort sqrt topk where zeros_like"
+).split()
 
 _PUBLIC: dict[str, str] = {
     **dict.fromkeys(_TYPES, "tessera.types"),
@@ -27,8 +31,14 @@ _PUBLIC: dict[str, str] = {
     "checkpoint_region": "tessera.function.region", "precision": "tessera.function.precision",
     "numerically_stable": "tessera.function.stability", "module": "tessera.function.module",
     "quantized": "tessera.ops.quantized_function",
+    **dict.fromkeys(("zeros", "ones", "full", "eye", "arange", "tensor", "rand", "randn", "cast", "gather"),
+                    "tessera.ops.tensors"),
+    **dict.fromkeys(("matmul", "gemm"), "tessera.ops.matmul"), "mul_fp8": "tessera.ops.quantized_linear",
+    **dict.fromkeys(("quantize", "dequantize"), "tessera.ops.quantize"),
+    **dict.fromkeys(_TORCH, "torch"), "Module": "torch.nn",
     "load_model": "tessera.models.load", "save_model": "tessera.models.save",
-    **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange"), "tessera.dist"),
+    **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange", "Mesh", "MeshTensor"), "tessera.dist"),
+    "create_model_mesh": "tessera.models.gpt_plan", "NVL72Optimizer": "tessera.plan.nvl72",
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
 }
 _SUBMODULES = (
@@ -36,7 +46,7 @@ _SUBMODULES = (
     "plan")
 _ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub",
             "distributed": "tessera.dist", "profile": "tessera.kernel.profile", "graph": "tessera.kernel.graph",
-            "stable": "tessera.function.stable"}
+            "stable": "tessera.function.stable", "op": "tessera.ops", "quantization": "tessera.ops.quantize"}
 
 __all__ = sorted([*_PUBLIC, *_SUBMODULES, *_ALIASES])
 

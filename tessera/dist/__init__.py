@@ -4,12 +4,13 @@
     mesh = ts.dist.mesh(4)                       # four ranks on axis "tp"
     total = ts.dist.all_reduce(x, mesh)
 
-`ts.distributed` is another name of this module.
+`ts.distributed` is another name of this module, which is a decorator too (`function.distributed`).
 """
 
 import sys
 from typing import Any
 
+from tessera.callable import make_callable
 from tessera.dist.collectives import (
     all_gather,
     all_reduce,
@@ -25,6 +26,7 @@ from tessera.dist.collectives_hierarchical import hierarchical_all_reduce
 from tessera.dist.collectives_p2p import recv, send
 from tessera.dist.deterministic import deterministic
 from tessera.dist.deterministic_gradients import GradientTree
+from tessera.dist.function import MeshTensor, distributed
 from tessera.dist.launch import launch, spawn
 from tessera.dist.mesh import Mesh, mesh
 from tessera.dist.spec import ShardSpec, tensor
@@ -32,11 +34,13 @@ from tessera.dist.world import get_rank, get_world_size, init, is_initialized, s
 from tessera.errors import CollectiveError
 
 __all__ = [
-    "CollectiveError", "GradientTree", "Mesh", "ShardSpec", "all_gather", "all_reduce", "all_to_all", "barrier",
-    "broadcast", "deterministic", "fan_out", "get_rank", "get_world_size", "hierarchical_all_reduce", "init",
-    "is_initialized", "launch", "load_model", "mesh", "mesh_reduce", "recv", "reduce_scatter", "ring_exchange", "send",
-    "shutdown", "spawn", "tensor",
+    "CollectiveError", "GradientTree", "Mesh", "MeshTensor", "ShardSpec", "all_gather", "all_reduce", "all_to_all",
+    "barrier", "broadcast", "deterministic", "distributed", "fan_out", "get_rank", "get_world_size",
+    "hierarchical_all_reduce", "init", "is_initialized", "launch", "load_model", "mesh", "mesh_reduce", "recv",
+    "reduce_scatter", "ring_exchange", "send", "shutdown", "spawn", "tensor",
 ]
+
+make_callable(__name__, distributed)
 
 
 def load_model(path: Any, mesh: Mesh, **options: Any) -> Any:

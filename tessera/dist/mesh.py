@@ -163,12 +163,8 @@ class Mesh:
     @contextlib.contextmanager
     def axis(self, name: str) -> Iterator[Mesh]:
         """Collectives inside that name no mesh or axis use this one: `with mesh.axis("tp"): ...`."""
-        self._place(name)
-        token = _CURRENT.set((self, name))
-        try:
+        with current(self, name):
             yield self
-        finally:
-            _CURRENT.reset(token)
 
     def device_mesh(self, device_type: str = "cpu") -> Any:
         """torch's DeviceMesh over the same groups, for DTensor, FSDP and torch's pipelines.
@@ -201,7 +197,25 @@ class Mesh:
         return f"Mesh({sizes}{', abstract' if self.is_abstract else ''})"
 
 
-_CURRENT: contextvars.ContextVar[tuple[Mesh, str] | None] = contextvars.ContextVar("tessera_mesh_axis", default=None)
+_CURRENT: contextvars.ContextVar[tuple[Mesh, str | None] | None] = contextvars.ContextVar(
+    "tessera_mesh_axis", default=None)
+
+
+@contextlib.contextmanager
+def current(mesh: Mesh, axis: str | None) -> Iterator[None]:
+    """Collectives inside that name no mesh use this one and, unless it is None, this axis.
+
+    Raises:
+        InputError: the mesh has no such axis, or this process is not in it.
+    """
+    mesh._coordinates()
+    if axis is not None:
+        mesh._place(axis)
+    token = _CURRENT.set((mesh, axis))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def mesh(
@@ -218,14 +232,14 @@ def resolve(mesh: Mesh | None, axis: str | None) -> tuple[Mesh, str]:
     Raises:
         InputError: nothing says which.
     """
-    current = _CURRENT.get()
+    found = _CURRENT.get()
     if mesh is None:
-        if current is None:
+        if found is None:
             raise InputError("mesh: none given; pass one, or call inside `with mesh.axis(name)`")
-        mesh = current[0]
+        mesh = found[0]
     if axis is None:
-        if current is not None and current[0] is mesh:
-            axis = current[1]
+        if found is not None and found[0] is mesh and found[1] is not None:
+            axis = found[1]
         elif len(mesh.axes) == 1:
             axis = mesh.axes[0]
         else:

@@ -20,6 +20,7 @@ copy of the key/value head.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ from tessera.nn import Embedding, Linear
 from tessera.ops.invariant import is_invariant
 
 AXIS = "tp"
+MESH_AXES = ("pp", "dp", AXIS)  # of a training mesh: tensor-parallel ranks are neighbours
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -163,6 +166,16 @@ def _check_mode(model: nn.Module, *_: Any) -> None:
     """In the deterministic mode, refuse what it cannot honour before anything is computed."""
     if is_invariant():
         check_cuts(model)
+
+
+def create_model_mesh(config: GPTConfig) -> dist.Mesh:
+    """The mesh that a configuration asks for: pp_size x dp_size x tp_size ranks, on the axes MESH_AXES.
+
+    Raises:
+        InputError: the job has fewer ranks.
+    """
+    shape = config.pp_size, config.dp_size, config.tp_size
+    return dist.Mesh(MESH_AXES, math.prod(shape), shape)
 
 
 def common_seed(mesh: dist.Mesh) -> int | None:

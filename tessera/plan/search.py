@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tessera.errors import InputError
 from tessera.models.config import GPTConfig
+from tessera.models.gpt_plan import MESH_AXES
 from tessera.plan.inference import InferenceTime, inference_time
 from tessera.plan.layout import RECOMPUTE, InferenceRun, Layout, TrainingRun
 from tessera.plan.machine import GB200_NVL72, Machine
@@ -199,7 +200,7 @@ def choose_mesh(
         InputError: no mesh fits.
     """
     layout = search_training(config, machine, devices, global_batch=global_batch, seq_len=seq_len).best.layout
-    return ("pp", "dp", "tp"), (layout.pp, layout.dp, layout.tp)
+    return MESH_AXES, (layout.pp, layout.dp, layout.tp)
 
 
 def _sort_in(found: Search, plan: Plan) -> None:

@@ -168,6 +168,41 @@ def captured(seed: int) -> dict[str, Any]:
     return found
 
 
+@ts.distributed
+def distributed_rms_norm(
+    x: ts.MeshTensor["B", "S", "D"], weight: ts.MeshTensor["D"], mesh: Mesh, eps: float = 1e-6,
+) -> ts.MeshTensor["B", "S", "D"]:
+    """The documents' own: each rank has a part of D."""
+    with mesh.axis("model"):
+        global_mean_sq = ts.mesh_reduce((x**2).mean(dim=-1, keepdim=True), axis="model", op="mean")
+        return x / torch.sqrt(global_mean_sq + eps) * weight
+
+
+def norms(seed: int) -> dict[str, Any]:
+    """distributed_rms_norm of this rank's part of the width, its gradients, and what is refused."""
+    ts.init(timeout=60)
+    mesh, rank = Mesh(axes=["model"]), ts.dist.get_rank()
+    x, weight = inputs(seed, rank, (2, 3, 4)).requires_grad_(), inputs(seed + 1, rank, (4,)).requires_grad_()
+    y = distributed_rms_norm(x, weight, mesh)
+    (y * inputs(seed + 2, rank, (2, 3, 4))).sum().backward()
+    grid = Mesh(axes=["a", "b"], shape=(1, 2))
+
+    @ts.distributed(mesh=grid, axis="b")
+    def total(x: Tensor) -> Tensor:
+        return ts.dist.all_reduce(x)
+
+    @ts.distributed
+    def axis_by_name(x: Tensor, mesh: Mesh) -> Tensor:
+        return ts.dist.all_reduce(x, axis="b")
+
+    with pytest.raises(ts.ShapeError, match="weight has D=3"):
+        distributed_rms_norm(x, weight[:3], mesh)
+    with pytest.raises(ts.InputError, match="axis_by_name: 0 meshes given; expected one"):
+        axis_by_name(x, None)
+    return {"y": y.detach(), "x": x.grad, "weight": weight.grad, "total": total(x.detach()),
+            "by_name": axis_by_name(x.detach(), mesh=grid)}
+
+
 def dies_under_replay() -> None:
     """Rank 1 is killed while the others are in a captured collective, where Python does not look on."""
     ts.init(timeout=60)
