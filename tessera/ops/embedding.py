@@ -92,7 +92,7 @@ class BlockSparse:
 
     def to_dense(self) -> Tensor:
         """The matrix, [V, D] f32."""
-        n_blocks, rows, width = self.blocks_MRC.shape
+        _, rows, width = self.blocks_MRC.shape
         n_groups, n_columns = self.pointers.shape[0] - 1, -(-self.shape[1] // width)
         dense = self.blocks_MRC.new_zeros((n_groups, n_columns, rows, width), dtype=torch.float32)
         groups = torch.repeat_interleave(torch.arange(n_groups, device=dense.device), self.pointers.diff().long())
@@ -266,4 +266,4 @@ _SPARSE = Operation(
     "casted_sparse_embedding(Tensor scales, Tensor blocks, Tensor pointers, Tensor columns, Tensor ids, int width, "
     "ScalarType dtype) -> Tensor",
     kernel=_sparse_kernel, reference=_sparse_reference,
-    fake=lambda scales, blocks, pointers, columns, ids, width, dtype: scales.new_empty((*ids.shape, width), dtype=dtype))
+    fake=lambda scales, blocks, pointers, columns, ids, width, dtype: _new(ids, width, dtype))

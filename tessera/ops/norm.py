@@ -9,6 +9,7 @@ Dims: N rows, D their width, P blocks of rows whose gradients of the weight are 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,6 +103,48 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     except LaunchError:
         _check_vector(x, weight=weight, bias=bias)
         raise
+
+
+def stable_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """`rms_norm` in plain torch of rows whose squares leave the range of f32: over their largest entries first.
+
+    The kernel of `rms_norm` does the same where a row needs it; this is the reference, of any float dtype and device,
+    with gradients of any order.
+
+    Args:
+        x: [..., D].
+        weight: [D], or None for ones.
+        eps: added to the mean square.
+
+    Returns:
+        [..., D] in x's dtype.
+    """
+    wide = widen(x)
+    top = wide.detach().abs().amax(-1, keepdim=True).clamp(min=max(eps**0.5, torch.finfo(wide.dtype).tiny))
+    part = wide / top
+    normed = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + (eps**0.5 / top).square())
+    return (normed if weight is None else normed * widen(weight)).to(x.dtype)
+
+
+def sharded_rms_norm(
+    x: Tensor, weight: Tensor, width: int, reduce: Callable[[Tensor], Tensor], eps: float = 1e-6,
+) -> Tensor:
+    """`rms_norm` of rows that several ranks hold in parts: one sum a row crosses the mesh.
+
+    Args:
+        x: [..., this rank's part of D].
+        weight: [this rank's part of D].
+        width: D.
+        reduce: the sum of all ranks' tensors, differentiable; f32 [..., 1] is given.
+        eps: added to the mean square.
+
+    Returns:
+        This rank's part of the result, x's shape and dtype.
+    """
+    _check_vector(x, weight=weight)
+    wide = widen(x)
+    total = reduce(wide.square().sum(-1, keepdim=True))
+    return (wide * torch.rsqrt(total / width + eps) * widen(weight)).to(x.dtype)
 
 
 # -- checks -----------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 
 def rope_tables(
     positions: Tensor | range, dim: int, theta: float, scaling: RopeScaling | None = None,
-    *, seq_len: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    *, seq_len: int = 0, device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `rotary` needs: cosine and sine tables, and which rows of them the tokens take.
 

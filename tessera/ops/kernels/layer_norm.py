@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tessera import kernel
 from tessera.kernel import lang as tile
+from tessera.ops.kernels.rms_norm import inverse_rms
 from tessera.types import Tile, f32
 
 
@@ -19,10 +20,11 @@ def layer_norm_kernel(x: Tile["B", "S", "D"], weight: Tile["D"], bias: Tile["D"]
         weight, bias: [D].
         eps: added to the (biased) variance.
     """
-    x_f32 = tile.cast(tile.load(x), f32)
-    centred = x_f32 - tile.reduce_mean(x_f32, axis=-1, keepdim=True)
-    scale = tile.rsqrt(tile.reduce_mean(centred * centred, axis=-1, keepdim=True) + eps)
-    tile.store(out, centred * scale * tile.load(weight) + tile.load(bias))
+    ctx = tile.context()
+    for batch, token in tile.grid(ctx.B, ctx.S):
+        row = tile.cast(tile.load(x[batch, token]), f32)
+        centred = row - tile.reduce_mean(row)
+        tile.store(out[batch, token], centred * inverse_rms(centred, eps) * tile.load(weight) + tile.load(bias))
 
 
 @kernel
@@ -49,11 +51,11 @@ def layer_norm_backward_kernel(
         for i in tile.range(block * rows, tile.minimum((block + 1) * rows, ctx.N)):
             row, slope = tile.cast(tile.load(x[i]), f32), tile.cast(tile.load(grad[i]), f32)
             centred = row - tile.reduce_mean(row)
-            scale = tile.rsqrt(tile.reduce_mean(centred * centred) + eps)
-            pushed = slope * weight_f32
-            pull = tile.reduce_mean(pushed * centred) * scale * scale
-            tile.store(grad_x[i], (pushed - tile.reduce_mean(pushed) - centred * pull) * scale)
-            total = total + slope * (centred * scale)
+            scale = inverse_rms(centred, eps)
+            normed, pushed = centred * scale, slope * weight_f32
+            pull = normed * tile.reduce_mean(pushed * normed)
+            tile.store(grad_x[i], (pushed - tile.reduce_mean(pushed) - pull) * scale)
+            total = total + slope * normed
             total_bias = total_bias + slope
         tile.store(partial[block], total)
         tile.store(partial_bias[block], total_bias)

@@ -9,6 +9,17 @@ from tessera.kernel import lang as tile
 from tessera.types import Tile, f32
 
 
+def inverse_rms(row, eps):
+    """1 / sqrt(mean(row^2) + eps) of one row; where the squares leave the range of f32, of the row over its largest."""
+    total = tile.reduce_mean(row * row) + eps
+    scale = tile.rsqrt(total)
+    if tile.logical_or(total > 1e37, total < 1e-30):
+        top = tile.maximum(tile.reduce_max(tile.abs(row)), 1e-37)
+        part, share = row / top, tile.sqrt(eps) / top
+        scale = tile.rsqrt(tile.reduce_mean(part * part) + share * share) / top
+    return scale
+
+
 @kernel
 def rms_norm_kernel(x: Tile["B", "S", "D"], weight: Tile["D"], out: Tile["B", "S", "D"], eps: float = 1e-6):
     """out = x / sqrt(mean(x^2) + eps) * weight, in f32, rounded once (arXiv:1910.07467).
@@ -18,9 +29,10 @@ def rms_norm_kernel(x: Tile["B", "S", "D"], weight: Tile["D"], out: Tile["B", "S
         weight: [D].
         eps: added to the mean square.
     """
-    x_f32 = tile.cast(tile.load(x), f32)
-    scale = tile.rsqrt(tile.reduce_mean(x_f32 * x_f32, axis=-1, keepdim=True) + eps)
-    tile.store(out, x_f32 * scale * tile.load(weight))
+    ctx = tile.context()
+    for batch, token in tile.grid(ctx.B, ctx.S):
+        row = tile.cast(tile.load(x[batch, token]), f32)
+        tile.store(out[batch, token], row * inverse_rms(row, eps) * tile.load(weight))
 
 
 @kernel
@@ -33,10 +45,11 @@ def add_rms_norm_kernel(x: Tile["B", "S", "D"], residual: Tile["B", "S", "D"], w
         weight: [D].
         eps: added to the mean square.
     """
-    tile.store(total, tile.load(x) + tile.load(residual))
-    x_f32 = tile.cast(tile.load(total), f32)
-    scale = tile.rsqrt(tile.reduce_mean(x_f32 * x_f32, axis=-1, keepdim=True) + eps)
-    tile.store(out, x_f32 * scale * tile.load(weight))
+    ctx = tile.context()
+    for batch, token in tile.grid(ctx.B, ctx.S):
+        tile.store(total[batch, token], tile.load(x[batch, token]) + tile.load(residual[batch, token]))
+        row = tile.cast(tile.load(total[batch, token]), f32)
+        tile.store(out[batch, token], row * inverse_rms(row, eps) * tile.load(weight))
 
 
 @kernel
@@ -46,8 +59,8 @@ def rms_norm_backward_kernel(
 ):
     """Gradients of `rms_norm_kernel`: of x row by row, of the weight by P blocks of rows, added in their order.
 
-    With r = 1 / sqrt(mean(x^2) + eps): grad_x = (grad weight - x mean(grad weight x) r^2) r (+ upstream) and
-    grad_weight = sum over the rows of grad x r.
+    With r = 1 / sqrt(mean(x^2) + eps) and n = x r: grad_x = (grad weight - n mean(grad weight n)) r (+ upstream) and
+    grad_weight = sum over the rows of grad n.
 
     Args:
         grad, x, grad_x: [N, D].
@@ -63,13 +76,13 @@ def rms_norm_backward_kernel(
         total = tile.zeros((ctx.D,), f32)
         for i in tile.range(block * rows, tile.minimum((block + 1) * rows, ctx.N)):
             row, slope = tile.cast(tile.load(x[i]), f32), tile.cast(tile.load(grad[i]), f32)
-            scale = tile.rsqrt(tile.reduce_mean(row * row) + eps)
-            pull = tile.reduce_mean(slope * weight_f32 * row) * scale * scale
-            result = (slope * weight_f32 - row * pull) * scale
+            scale = inverse_rms(row, eps)
+            normed, pushed = row * scale, slope * weight_f32
+            result = (pushed - normed * tile.reduce_mean(pushed * normed)) * scale
             if upstream is not None:
                 result = result + tile.cast(tile.load(upstream[i]), f32)
             tile.store(grad_x[i], result)
-            total = total + slope * (row * scale)
+            total = total + slope * normed
         tile.store(partial[block], total)
     for start in tile.grid(tile.cdiv(ctx.D, 256)):
         columns = partial[:, start * 256:start * 256 + 256]
