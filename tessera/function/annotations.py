@@ -167,6 +167,7 @@ class _Reader:
     """Reads the annotations of one function."""
 
     def __init__(self, function: types.FunctionType, names: Mapping[str, Any]) -> None:
+        function = inspect.unwrap(function)  # under other decorators, such as torch.no_grad()
         self.function = function
         cells = {}
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):

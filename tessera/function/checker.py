@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import linecache
 import logging
 import os
@@ -34,8 +35,11 @@ from tessera.function.trial import Failure, NoValue, try_function, type_text
 from tessera.kernel.frontend.source import source_of
 from tessera.kernel.launch import Kernel
 from tessera.kernel.specialise import observing
+from tessera.types import bool_, f32, int32, uint8
 
 _MOST_OPERANDS = 6  # named below an error
+_MOST_DTYPES = 64  # tried for a kernel
+_ABOUT_DTYPES = re.compile(r"do not mix|expected (an )?int|expected (a )?bool|dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +82,8 @@ def check(target: str) -> Report:
     """
     report = Report()
     linecache.checkcache()
-    with _without_computing():
-        for module in _modules(target, report):
+    for module in _modules(target, report):
+        with _without_computing():  # not while it is imported: what it computes then is its own
             _check_module(module, report)
     report.findings = sorted(dict.fromkeys(report.findings), key=lambda f: (f.file, f.line, f.column))
     return report
@@ -216,11 +220,11 @@ def _check_kernel(kernel: Kernel) -> list[Finding]:
             return [Finding(file=code.co_filename, line=code.co_firstlineno, is_error=False, message=(
                 f"kernel {kernel.name}: not checked, as what `self` holds is known at a launch only"))]
         given: list[dict[str, Any]] = [{}]
-        optional = {p.name: p.dtype or torch.float32 for p in kernel.parameters if p.optional and p.kind == "tile"}
+        optional = {p.name: p.dtype or f32 for p in kernel.parameters if p.optional and p.kind == "tile"}
         given += [optional] if optional else []
         given += [{p.name: not p.default} for p in kernel.parameters if isinstance(p.default, bool)]
         for arguments in given:
-            kernel.check(**arguments)
+            _compile_somehow(kernel, arguments)
     except CompileError as error:
         return [_of_compile_error(error, code.co_filename, code.co_firstlineno)]
     except LaunchError as error:  # a compile-time argument without a default
@@ -229,6 +233,30 @@ def _check_kernel(kernel: Kernel) -> list[Finding]:
     except TesseraError as error:
         return [Finding(file=code.co_filename, line=code.co_firstlineno, message=str(error))]
     return []
+
+
+def _compile_somehow(kernel: Kernel, arguments: dict[str, Any]) -> None:
+    """Compile it with tiles without an annotated dtype as f32, or else with some of them as integers or bools.
+
+    Raises:
+        CompileError: it does not compile; of f32 tiles.
+    """
+    free = [p.name for p in kernel.parameters if p.kind == "tile" and p.dtype is None
+            and (not p.optional or p.name in arguments)]
+    subsets = itertools.chain.from_iterable(itertools.combinations(free, n) for n in range(len(free) + 1))
+    choices = itertools.chain(((names, int32) for names in subsets), itertools.product(itertools.combinations(free, 1),
+                                                                                      (bool_, uint8)))
+    first: CompileError | None = None
+    for names, dtype in itertools.islice(choices, _MOST_DTYPES):
+        try:
+            kernel.check(**{**arguments, **dict.fromkeys(names, dtype)})
+            return
+        except CompileError as error:
+            first = first or error
+            if not _ABOUT_DTYPES.search(str(first).partition("\n")[0]):
+                break
+    assert first is not None
+    raise first
 
 
 def _of_compile_error(error: CompileError, file: str, line: int) -> Finding:

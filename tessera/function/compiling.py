@@ -16,6 +16,7 @@ import torch
 
 from tessera.errors import CompileError
 from tessera.function.decorator import decorate, decorate_class
+from tessera.function.module import module
 
 _lock = threading.Lock()
 _no_compiler: str | None = None  # why nothing can be compiled in this process
@@ -43,12 +44,15 @@ def jit(function: Any = None, /, *, dynamic: bool | None = None) -> Any:
 def fused(function: Any) -> Any:
     """Decorator: compile as one graph, so that chains of elementwise operations become one loop.
 
-    On a class it is `forward`, which may launch kernels of its own between the graphs.
+    On a class it is `forward`, which may launch kernels of its own between the graphs; a plain class becomes a module
+    as by `ts.module`.
 
     Raises:
         CompileError: at a call, the function cannot be one graph; the message says where it breaks.
     """
     one_graph = not isinstance(function, type)
+    if not one_graph and not issubclass(function, torch.nn.Module):
+        function = module(function)
     return _decorate(function, lambda body: _compiled(body, "fused", one_graph=one_graph), "fused")
 
 

@@ -129,24 +129,38 @@ def _variants(signature: Signature) -> list[_Variant]:
 
 def _try_variant(function: Callable[..., Any], signature: Signature, owner: type | None, variant: _Variant,
                  ) -> Failure | None:
-    free = sum(s.annotation is None or s.annotation.dtype is None
-               for p in signature.parameters for s in tensor_specs(p.spec))
-    choices = itertools.chain.from_iterable(itertools.combinations(range(free), n) for n in range(free + 1))
-    first: Failure | None = None
-    for indices in itertools.islice(choices, _MOST_CHOICES):
-        failure = _run(function, signature, owner, variant, Sizes(), frozenset(indices))
-        if failure is None:
+    """Try types of the tensors without one, then sizes; the failure that says most when nothing runs."""
+    failure: Failure | None = None
+    best: Mapping[int, torch.dtype] = {}
+    for dtypes in itertools.islice(_dtype_choices(signature), _MOST_CHOICES):
+        found = _run(function, signature, owner, variant, Sizes(), dtypes)
+        if found is None:
             return None
-        if not _ABOUT_DTYPES.search(str(failure.error)) or isinstance(failure.error, ShapeError):
+        if failure is None or (_is_about_dtypes(failure) and not _is_about_dtypes(found)):
+            failure, best = found, dtypes
+        if not dtypes and not _is_about_dtypes(found):
             break
-        first = first or failure
-    else:
-        assert first is not None
-        return first
+    assert failure is not None
     for sizes in itertools.islice(_other_sizes(signature, failure, _divides(function)), _MOST_CHOICES):
-        if _run(function, signature, owner, variant, sizes, frozenset(indices)) is None:
+        if _run(function, signature, owner, variant, sizes, best) is None:
             return None
     return failure
+
+
+def _dtype_choices(signature: Signature) -> Iterator[Mapping[int, torch.dtype]]:
+    """Types of the tensors without an annotated one, by their place among those: f32, then indices, then masks."""
+    free = range(sum(s.annotation is None or s.annotation.dtype is None
+                     for p in signature.parameters for s in tensor_specs(p.spec)))
+    for n in range(len(free) + 1):
+        for places in itertools.combinations(free, n):
+            yield dict.fromkeys(places, torch.int64)
+    for mask in free:
+        yield {mask: torch.bool}
+        yield from ({mask: torch.bool, ids: torch.int64} for ids in free if ids != mask)
+
+
+def _is_about_dtypes(failure: Failure) -> bool:
+    return not isinstance(failure.error, ShapeError) and bool(_ABOUT_DTYPES.search(str(failure.error)))
 
 
 def _other_sizes(signature: Signature, failure: Failure, divides: bool) -> Iterator[Sizes]:
@@ -191,8 +205,8 @@ _CONSTRUCTOR = "constructor"
 
 
 def _run(function: Callable[..., Any], signature: Signature, owner: type | None, variant: _Variant, sizes: Sizes,
-         integers: frozenset[int]) -> Failure | None:
-    maker = _Maker(signature, variant, sizes, integers)
+         dtypes: Mapping[int, torch.dtype]) -> Failure | None:
+    maker = _Maker(signature, variant, sizes, dtypes)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         instance = _instance(owner, maker) if owner is not None else None
         args, kwargs = maker.arguments(instance)
@@ -233,8 +247,9 @@ class _AnyKey(dict):  # type: ignore[type-arg]
 class _Maker:
     """Makes the arguments of one run."""
 
-    def __init__(self, signature: Signature, variant: _Variant, sizes: Sizes, integers: frozenset[int]) -> None:
-        self.signature, self.variant, self.sizes, self.integers = signature, variant, sizes, integers
+    def __init__(self, signature: Signature, variant: _Variant, sizes: Sizes, dtypes: Mapping[int, torch.dtype],
+                 ) -> None:
+        self.signature, self.variant, self.sizes, self.dtypes = signature, variant, sizes, dtypes
         self.free = itertools.count()  # tensors without an annotated dtype, in order
         self.invented = False
         self.leading = 2 if any(s.ellipsis is not None for p in signature.parameters for s in tensor_specs(p.spec)
@@ -287,7 +302,7 @@ class _Maker:
             if annotation.dtype is int4:
                 shape = [*shape[:-1], shape[-1] // 2]
         else:
-            dtype = torch.int64 if next(self.free) in self.integers else torch.float32
+            dtype = self.dtypes.get(next(self.free), torch.float32)
         device = annotation.device if annotation is not None else None
         return torch.empty(shape, dtype=dtype, device=device or "cpu", requires_grad=False)
 

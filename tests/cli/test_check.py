@@ -57,6 +57,19 @@ RIGHT = {
             out = F.embedding(ids, table)
             return out if weight is None else out * weight.unsqueeze(-1)
         """,
+    "masks, indices and their heads": """
+        @ts.function
+        def f(ids: Tensor["B", "S"], table: Tensor["V", "D"], mask: Tensor["B", "S"], num_heads: int
+              ) -> Tensor["B", "S", "D"]:
+            x = F.embedding(ids, table).masked_fill(mask.unsqueeze(-1), 0.0)
+            return x.unflatten(-1, (num_heads, -1)).flatten(-2)
+        """,
+    "kernels of indices": """
+        @ts.kernel
+        def k(ids: Tile["N"], table: Tile["V", "D"], out: Tile["N", "D"]):
+            for i in tile.grid(ids.shape[0]):
+                tile.store(out[i], tile.load(table[ids[i]]))
+        """,
     "halves, sums and int arguments": """
         @ts.function
         def rotate(x: Tensor["B", "S", "H", "D"], cos: Tensor["B", "S", 1, "D/2"], sin: Tensor["B", "S", 1, "D/2"]

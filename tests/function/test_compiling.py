@@ -176,6 +176,23 @@ def test_errors_of_the_function_itself_are_its_own(graphs) -> None:
         f(X)
 
 
+def test_fused_class_becomes_a_module(graphs) -> None:
+    @ts.fused
+    class Layer:
+        def __init__(self, dim: int):
+            self.linear = torch.nn.Linear(dim, dim)
+
+        @ts.function
+        def forward(self, x: Tensor["B", "D"]) -> Tensor["B", "D"]:
+            return self.linear(x).relu() + x
+
+    layer = Layer(4)
+    torch.testing.assert_close(layer(X), layer.linear(X).relu() + X)
+    assert len(graphs) == 1 and len(list(layer.parameters())) == 2
+    with pytest.raises(ShapeError, match="x has 1 axis"):
+        layer(X[0])
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch, which looks at the loss between two graphs
 def test_classes(graphs) -> None:
     @ts.jit

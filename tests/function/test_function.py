@@ -264,6 +264,19 @@ def test_methods() -> None:
             bad()
 
 
+def test_above_decorators_of_others() -> None:
+    @ts.function
+    @torch.no_grad()
+    def generate(input_ids: Tensor["B", "S", "i32"], max_new_tokens: int = 2) -> Tensor["B", "S+max_new", "i32"]:
+        assert not torch.is_grad_enabled()
+        return torch.cat([input_ids, input_ids[:, :max_new_tokens]], 1)
+
+    ids = t(2, 5, dtype=torch.int32)
+    assert generate(ids).shape == (2, 7)
+    with pytest.raises(ShapeError, match=r"input_ids is torch.int64; expected torch.int32"):
+        generate(ids.long())
+
+
 def test_nothing_is_checked_twice() -> None:
     assert ts.function(rms_norm) is rms_norm
     once = ts.checkpoint(rms_norm)
