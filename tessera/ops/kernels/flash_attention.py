@@ -61,7 +61,8 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
             new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
             # A row that has seen only masked keys has -inf here, and -inf - -inf would be NaN.
             safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
-            weights = tile.exp2(tile.fma(scores, factor, (safe_top * -factor)[:, None]))
+            # The difference first: it is exactly 0 for the largest score, however large that is.
+            weights = tile.exp2((scores - safe_top[:, None]) * factor)
             shrink = tile.exp2((top - safe_top) * factor)
             total = total * shrink + tile.reduce_sum(weights, axis=-1)
             result = result * shrink[:, None] + tile.mma(weights, tile.load(v[batch, shared, start:start + columns]))
