@@ -50,10 +50,9 @@ def fused(function: Any) -> Any:
     Raises:
         CompileError: at a call, the function cannot be one graph; the message says where it breaks.
     """
-    one_graph = not isinstance(function, type)
-    if not one_graph and not issubclass(function, torch.nn.Module):
-        function = module(function)
-    return _decorate(function, lambda body: _compiled(body, "fused", one_graph=one_graph), "fused")
+    if isinstance(function, type):
+        return module(decorate_class(function, lambda body: _compiled(body, "fused"), "fused"))
+    return _decorate(function, lambda body: _compiled(body, "fused", one_graph=True), "fused")
 
 
 def _decorate(function: Any, transform: Callable[..., Any], name: str) -> Any:
