@@ -42,6 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="A model folder, a GGUF file, or smollm2.")]
 Dtype = Annotated[str, typer.Option(help="f32, bf16, f16 or auto: bf16 where the processor multiplies it, else f32.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with; default torch's choice.")]
+Dequantize = Annotated[bool, typer.Option("--dequantize", help="Bring quantized weights to --dtype on loading.")]
 Tp = Annotated[int, typer.Option(help="Tensor-parallel ranks.")]
 System = Annotated[str | None, typer.Option(help="The system message of the chat.")]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Default 256, or what fits.")]
@@ -78,13 +79,14 @@ def generate(
     min_p: MinP = 0.0, greedy: Greedy = False,
     num_beams: Annotated[int, typer.Option(help="Above 1: beam search; sampling options have no effect.")] = 1,
     repetition_penalty: Penalty = 1.0, seed: Seed = None, stop: Stop = None,
-    dtype: Dtype = "auto", threads: Threads = None, tp: Tp = 1, debug: Debug = False,
+    dtype: Dtype = "auto", threads: Threads = None, tp: Tp = 1,
+    dequantize: Dequantize = False, debug: Debug = False,
 ) -> None:
     """Continue a prompt; prints the new text."""
     from tessera.cli import generate as command
 
     command.run(
-        ModelOptions(path=model, dtype=dtype, threads=threads, tp=tp),
+        ModelOptions(path=model, dtype=dtype, threads=threads, tp=tp, dequantize=dequantize),
         SamplingOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             greedy=greedy, num_beams=num_beams, repetition_penalty=repetition_penalty, seed=seed, stop=stop),
@@ -96,13 +98,14 @@ def chat(
     model: Model = "smollm2", system: System = None,
     max_new_tokens: MaxNewTokens = None, temperature: Temperature = 0.2, top_k: TopK = 50, top_p: TopP = 0.9,
     min_p: MinP = 0.0, greedy: Greedy = False, repetition_penalty: Penalty = 1.0, seed: Seed = None,
-    stop: Stop = None, dtype: Dtype = "auto", threads: Threads = None, tp: Tp = 1, debug: Debug = False,
+    stop: Stop = None, dtype: Dtype = "auto", threads: Threads = None, tp: Tp = 1,
+    dequantize: Dequantize = False, debug: Debug = False,
 ) -> None:
     """Talk with a model; /help lists the commands."""
     from tessera.cli import chat as command
 
     command.run(
-        ModelOptions(path=model, dtype=dtype, threads=threads, tp=tp),
+        ModelOptions(path=model, dtype=dtype, threads=threads, tp=tp, dequantize=dequantize),
         SamplingOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             greedy=greedy, repetition_penalty=repetition_penalty, seed=seed, stop=stop),

@@ -57,7 +57,9 @@ def load(options: ModelOptions) -> Session:
     dtype = fastest_dtype() if options.dtype == "auto" else options.dtype
     start = time.perf_counter()
     with progress_bar(f"loading {path.name}") as progress:
-        model = load_model(path, dtype=dtype, progress=progress, mesh=dist.mesh(options.tp) if options.tp > 1 else None)
+        model = load_model(
+            path, dtype=dtype, progress=progress, mesh=dist.mesh(options.tp) if options.tp > 1 else None,
+            keep_quantized=options.tp == 1 and not options.dequantize)
     tokenizer = load_tokenizer(path)
     return Session(
         engine=GPTInference(model), tokenizer=tokenizer, dtype=model.config.compute.name,

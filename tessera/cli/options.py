@@ -24,6 +24,7 @@ class ModelOptions:
         dtype: "f32", "bf16", "f16" or "auto".
         threads: to compute with; None for torch's choice.
         tp: tensor-parallel ranks, processes on this host; `threads` is then of each.
+        dequantize: bring quantized weights to dtype on loading, instead of as they are used; so it is with tp > 1.
 
     Raises:
         InputError: threads or tp below 1.
@@ -33,6 +34,7 @@ class ModelOptions:
     dtype: str = "auto"
     threads: int | None = None
     tp: int = 1
+    dequantize: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("threads", self.threads), ("tp", self.tp)):

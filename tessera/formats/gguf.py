@@ -18,6 +18,7 @@ A bit flip inside tensor data that leaves a readable number cannot be seen: GGUF
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -191,6 +192,20 @@ class GGUFFile:
             raise UnsupportedFileError(f"{self.path}: tensor {name!r}: {error}") from error
         return read_tensor(
             self._file, info.offset, info.shape, dtype_of(dtype).torch, *GGML_QUANT_SIZES[info.type], decode, window)
+
+    def blocks(self, name: str) -> torch.Tensor:
+        """The stored bytes of a tensor, uint8 [rows, bytes of a row]; its TensorInfo says what they are.
+
+        Raises:
+            NotFoundError: the file has no such tensor.
+            FileFormatError: the file became shorter since it was opened.
+        """
+        if name not in self.tensors:
+            raise NotFoundError(f"{self.path}: no tensor {name!r} among {len(self.tensors)}")
+        info = self.tensors[name]
+        out = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._file.read_into(out, info.offset)
+        return out.view(-1, info.nbytes // math.prod(info.shape[:-1]))
 
     def close(self) -> None:
         self._file.close()

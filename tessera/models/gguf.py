@@ -21,6 +21,7 @@ from tessera.formats.gguf import open_gguf
 from tessera.models.config import GPTConfig
 from tessera.ops.rotary import RopeScaling, rope_frequencies
 
+BLOCK_KINDS = ("Q8_0", "Q4_0", "Q4_1")  # storage types that the kernels read as they are
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 _LLAMA3_FACTORS = (8.0, 32.0, 16.0, 4.0)
 
@@ -49,6 +50,13 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str, dtype: torch.dtype, window: Window | None = None) -> Tensor:
         return self._file.tensor(name, dtype, window)
+
+    def blocks(self, name: str) -> tuple[Tensor, str] | None:
+        """(stored bytes [rows, bytes of a row], kind) of a tensor that can be used as it is stored; else None."""
+        info = self._file.tensors[name]
+        if len(info.shape) != 2 or info.type.name not in BLOCK_KINDS:
+            return None
+        return self._file.blocks(name), info.type.name
 
     def close(self) -> None:
         self._file.close()

@@ -31,7 +31,9 @@ from tessera import dist, ops
 from tessera.dist.deterministic import check_cuts, refuse_gradient, row_parallel_linear
 from tessera.dist.spec import even_sizes
 from tessera.errors import InputError, UnsupportedError
+from tessera.kernel.recording import is_recording
 from tessera.models.config import GPTConfig
+from tessera.models.gpt_plan_kernels import part_of_embedding_kernel, side_by_side_kernel
 from tessera.nn import Embedding, Linear
 from tessera.ops.invariant import is_invariant
 
@@ -318,6 +320,10 @@ class VocabEmbedding(Embedding):
         return self._whole_shape
 
     def forward(self, ids: Tensor) -> Tensor:
+        if is_recording():
+            rows = torch.empty(*ids.shape, self.weight.shape[1], dtype=self.out_dtype, device=ids.device)
+            part_of_embedding_kernel(ids.reshape(-1), self.weight, rows.view(-1, rows.shape[-1]), self.cut.start)
+            return dist.all_reduce(rows, self.mesh, axis=AXIS, replicated=True)
         local = ids - self.cut.start
         is_here = (local >= 0) & (local < self.cut.size)
         rows = super().forward(torch.where(is_here, local, 0)) * is_here.unsqueeze(-1)
@@ -338,6 +344,11 @@ class VocabEmbedding(Embedding):
 
 
 def _gather_logits(logits: Tensor, mesh: dist.Mesh, sizes: tuple[int, ...]) -> Tensor:
+    if is_recording() and len(set(sizes)) == 1:
+        parts = dist.all_gather(logits.view(1, -1, sizes[0]), mesh, axis=AXIS)
+        out = torch.empty(parts.shape[1], len(sizes), sizes[0], dtype=parts.dtype, device=parts.device)
+        side_by_side_kernel(parts, out)
+        return out.view(*logits.shape[:-1], -1)
     whole = dist.all_gather(logits, mesh, axis=AXIS, dim=logits.dim() - 1, sizes=sizes, replicated=True)
     return refuse_gradient(whole, len(sizes)) if is_invariant() else whole
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.dist import Mesh
-from tessera.errors import FileFormatError, InputError, NotFoundError, UnsupportedFileError
+from tessera.errors import FileFormatError, InputError, NotFoundError, UnsupportedError, UnsupportedFileError
 from tessera.formats.blocks import Window
 from tessera.formats.json import read_json_object
 from tessera.formats.safetensors import open_safetensors
@@ -30,6 +30,7 @@ from tessera.models.gguf import GGUFCheckpoint
 from tessera.models.gpt import GPTModel
 from tessera.models.hf import config_from_hf
 from tessera.models.names import Source, is_ignored, source_of
+from tessera.nn import BlockEmbedding, BlockLinear, Embedding, Linear
 from tessera.types import dtype_of
 
 Progress = Callable[[int, int, str], None]
@@ -48,6 +49,7 @@ class Checkpoint(Protocol):
     stored_dtype: str
 
     def tensor(self, name: str, dtype: torch.dtype, window: Window | None = None) -> Tensor: ...
+    def blocks(self, name: str) -> tuple[Tensor, str] | None: ...
     def close(self) -> None: ...
 
 
@@ -77,6 +79,9 @@ class HFCheckpoint:
             raise UnsupportedFileError(f"tensor {name!r} is stored as {stored}; quantized checkpoints are not read")
         return self._reader.tensor(self._names[name], dtype, window)
 
+    def blocks(self, name: str) -> tuple[Tensor, str] | None:
+        return None
+
     def close(self) -> None:
         self._reader.close()
 
@@ -90,7 +95,7 @@ def _full_name(name: str, family: str) -> str:
 @torch.inference_mode(False)  # parameters that a trainer can use, wherever the call stands
 def load_model(
     path: str | os.PathLike[str], dtype: str = "f32", device: str | torch.device = "cpu",
-    progress: Progress | None = None, *, mesh: Mesh | None = None,
+    progress: Progress | None = None, *, mesh: Mesh | None = None, keep_quantized: bool = False,
 ) -> GPTModel:
     """Load a model of the Llama, Mistral, Qwen2, Qwen3 or GPT-2 family.
 
@@ -101,6 +106,9 @@ def load_model(
         device: where the parameters go.
         progress: called after each parameter with (bytes done, bytes in all, name).
         mesh: the ranks that models.gpt_plan cuts the model over; of what is cut, only this rank's part is read.
+        keep_quantized: matrices that a GGUF file holds as Q8_0, Q4_0 or Q4_1 stay so in memory and are dequantized
+            in registers, in f32, as they are used: the values are the same, decoding reads a fraction of the bytes,
+            and they cannot be trained. Other matrices are dequantized to `dtype`, as all are without it.
 
     Returns:
         The model in eval mode; `.config` describes it.
@@ -110,7 +118,10 @@ def load_model(
         UnsupportedFileError: an architecture, a storage type or a configuration that is not implemented.
         FileFormatError: a file is damaged, or its tensors do not fit its configuration.
         InputError: dtype is not one of the above, or the mesh does not fit the model.
+        UnsupportedError: keep_quantized with a mesh of several ranks.
     """
+    if keep_quantized and mesh is not None and mesh.size() > 1:
+        raise UnsupportedError(f"keep_quantized: given with a mesh of {mesh.size()} ranks; blocks are not cut")
     if dtype != "auto" and dtype_of(dtype).name not in _DTYPES:
         raise InputError(f"dtype: {dtype!r} given; expected auto, {', '.join(_DTYPES)}")
     checkpoint = _open(Path(path))
@@ -122,6 +133,8 @@ def load_model(
         with torch.device("meta"):
             model = GPTModel(config, mesh)
         sources = _match(model, checkpoint, path)
+        if keep_quantized:
+            _keep_blocks(model, checkpoint, sources, torch.device(device))
         _fill(model, checkpoint, sources, torch.device(device), progress)
     finally:
         checkpoint.close()
@@ -182,12 +195,30 @@ def _few(what: str, names: list[str]) -> str:
     return f"{len(names)} {what}: {', '.join(names[:3])}{more}" if names else ""
 
 
+def _keep_blocks(model: GPTModel, checkpoint: Checkpoint, sources: dict[str, Source], device: torch.device) -> None:
+    """Put block modules in the place of Linear and Embedding whose tensors can be used as they are stored; their
+    entries leave `sources`."""
+    for name, module in list(model.named_modules()):
+        source = sources.get(f"{name}.weight")
+        if source is None or source.transposed or not isinstance(module, (Linear, Embedding)) or name == "pos_embed":
+            continue
+        found = checkpoint.blocks(source.name)
+        if found is None:
+            continue
+        blocks, kind = source.extract(found[0]).to(device), found[1]
+        del sources[f"{name}.weight"]
+        parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        setattr(parent, leaf, BlockEmbedding(blocks, kind, module.out_dtype) if isinstance(module, Embedding)
+                else BlockLinear(blocks, kind, module.bias, module.blocks))
+
+
 def _fill(
     model: GPTModel, checkpoint: Checkpoint, sources: dict[str, Source], device: torch.device,
     progress: Progress | None,
 ) -> None:
     parameters = dict(model.named_parameters())
-    total = sum(p.nbytes for p in parameters.values())
+    done = sum(b.nbytes for b in model.buffers() if not b.is_meta)  # blocks that are there already
+    total = done + sum(p.nbytes for p in parameters.values())
     cuts = gpt_plan.cuts(model)
     by_stored: dict[tuple[str, Window | None], list[str]] = {}
     for name, source in sources.items():
@@ -195,7 +226,6 @@ def _fill(
         if name in cuts:
             window, sources[name] = _own_part(source, cuts[name], checkpoint.shapes[source.name])
         by_stored.setdefault((source.name, window), []).append(name)
-    done = 0
     for (stored_name, window), names in by_stored.items():
         stored = checkpoint.tensor(stored_name, parameters[names[0]].dtype, window)
         for name in names:

@@ -29,6 +29,7 @@ from tessera.models.config import GPTConfig
 from tessera.models.gpt import GPTModel
 from tessera.models.hf import config_from_hf, config_to_hf
 from tessera.models.names import FAMILIES, Source, merge, source_of
+from tessera.nn import BlockWeight
 
 # What a model folder may hold and save_model may therefore replace.
 _REPLACEABLE = ("config.json", "generation_config.json", SINGLE_NAME, INDEX_NAME, "model-*-of-*.safetensors",
@@ -65,7 +66,7 @@ def save_model(
     """
     if shard_bytes <= 0:
         raise InputError(f"shard_bytes: {shard_bytes} given; expected a positive number of bytes")
-    if model.embed.weight.is_meta:
+    if any(p.is_meta for p in model.parameters()):
         raise InputError("model: its parameters are on the meta device; expected a filled model")
     family = saved_family(model.config)
     with replacing_folder(path) as folder:
@@ -107,18 +108,33 @@ def stored_tensors(
     """(name, shape, how to make it) of every tensor in a file of `layout`; made one at a time."""
     config = model.config
     groups: dict[str, list[tuple[Source, str]]] = {}
-    for name, _ in model.named_parameters():
+    for name in _names(model):
         source = source_of(name, layout, family, config.n_heads, config.n_kv_heads)
         groups.setdefault(source.name, []).append((source, name))
     for stored, parts in groups.items():
-        shape = parts[0][0].stored_shape(tuple(model.get_parameter(parts[0][1]).shape))
+        shape = parts[0][0].stored_shape(_shape(model, parts[0][1]))
         yield stored, shape, lambda parts=parts: merge([(source, _value(model, name)) for source, name in parts])
 
 
+def _names(model: GPTModel) -> list[str]:
+    """The model's parameters, and the weights that lie in blocks."""
+    blocks = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BlockWeight)]
+    return blocks + [name for name, _ in model.named_parameters()]
+
+
+def _shape(model: GPTModel, name: str) -> tuple[int, ...]:
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, BlockWeight) and name.endswith(".weight"):
+        return module.shape
+    return tuple(model.get_parameter(name).shape)
+
+
 def _value(model: GPTModel, name: str) -> Tensor:
-    """A parameter on the CPU, in compute_dtype where it is stored in 8 bits."""
+    """A parameter on the CPU, in compute_dtype where it is stored in fewer bits."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, BlockWeight) and name.endswith(".weight"):
+        return module.weight.to("cpu", model.config.compute.torch)
     weight = model.get_parameter(name).detach()
-    module = model.get_submodule(name.rsplit(".", 1)[0])
     scale = getattr(module, "weight_scale", None)
     if scale is not None and name.endswith(".weight"):
         weight = ops.dequantize_rows(weight, scale, model.config.compute.torch)

@@ -49,7 +49,7 @@ class Attention(nn.Module):
     @property
     def n_kv_heads(self) -> int:
         """Key/value heads that this module computes and caches."""
-        return self.k_proj.weight.shape[0] // self.d_head
+        return self.k_proj.d_out // self.d_head
 
     def forward(
         self, x_BSM: Tensor, mask: ops.Mask, rope: tuple[Tensor, Tensor] | None = None,

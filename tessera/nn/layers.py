@@ -51,6 +51,11 @@ class Linear(nn.Module):
         return ops.linear(x, ops.fake_quantize_rows(self.weight, self.storage), self.bias, blocks=self.blocks)
 
     @property
+    def d_out(self) -> int:
+        """Rows of the weight."""
+        return self.weight.shape[0]
+
+    @property
     def whole_shape(self) -> tuple[int, ...]:
         """Shape of the weight that `set_weight` takes."""
         return tuple(self.weight.shape)

@@ -65,12 +65,17 @@ def test_written_files_read_back(hf_folder, family, type, tolerance, tmp_path):
         assert torch.equal(logits(back, ids), logits(model, ids))
 
 
+def block_model(family):
+    """A model whose rows are whole blocks."""
+    shape = {"n_layers": 2, "n_heads": 2, "d_model": 64, "d_ffn": 96, "max_seq_len": 32, "vocab_size": 50}
+    extra = {"qwen2": {"attn_qkv_bias": True}, "qwen3": {"qk_norm": True}, "mistral": {"sliding_window": 8}}
+    return ts.GPTModel(ts.GPTConfig(**shape, family=family, **extra.get(family, {}))).eval()
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_1"])
 def test_block_types(tmp_path, family, type):
-    shape = {"n_layers": 2, "n_heads": 2, "d_model": 64, "d_ffn": 96, "max_seq_len": 32, "vocab_size": 50}
-    extra = {"qwen2": {"attn_qkv_bias": True}, "qwen3": {"qk_norm": True}, "mistral": {"sliding_window": 8}}
-    model = ts.GPTModel(ts.GPTConfig(**shape, family=family, **extra.get(family, {}))).eval()
+    model = block_model(family)
     save_gguf(model, tmp_path / "x.gguf", type)
     stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
     assert stored["blk.1.ffn_down.weight"].tensor_type.name == type
@@ -134,3 +139,26 @@ def test_metadata_that_cannot_be_used(changes, error, names):
     assert config_from_gguf(METADATA, {"token_embd.weight": (11, 8)}, "x").n_layers == 1
     with pytest.raises(error, match=names):
         config_from_gguf(METADATA | changes, {"token_embd.weight": (11, 8)}, "x")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_0", "Q4_1"])
+def test_weights_stay_quantized(tmp_path, family, type):
+    """The same logits, from an eighth to a quarter of the bytes; saving writes what the blocks stand for."""
+    model = block_model(family)
+    save_gguf(model, tmp_path / "x.gguf", type)
+    whole, kept = ts.load_model(tmp_path / "x.gguf"), ts.load_model(tmp_path / "x.gguf", keep_quantized=True)
+    assert isinstance(kept.embed, ts.nn.BlockEmbedding) and isinstance(kept.blocks[1].mlp.down_proj, ts.nn.BlockLinear)
+    ids = torch.randint(0, model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(logits(kept, ids), logits(whole, ids), rtol=1e-4, atol=1e-4)
+    expected = ts.GPTInference(whole).generate(ids, 6, do_sample=False, eos_token_id=())
+    engine = ts.GPTInference(kept)
+    assert torch.equal(engine.generate(ids, 6, do_sample=False, eos_token_id=()), expected)
+    ts.save_model(kept, tmp_path / "out")
+    again = ts.load_model(tmp_path / "out")
+    torch.testing.assert_close(dict(again.named_parameters()), dict(whole.named_parameters()), rtol=1e-6, atol=1e-7)
+
+
+def test_blocks_are_not_cut():
+    with pytest.raises(UnsupportedError, match="keep_quantized: given with a mesh of 2 ranks"):
+        ts.load_model(ts.hub.smollm2(), keep_quantized=True, mesh=ts.dist.Mesh(axes=["tp"], devices=range(2)))

@@ -37,25 +37,29 @@ def int8_linear_kernel(x: Tile["M", "K"], quants: Tile["N", "K", int8], scale: T
 @kernel
 def int8_group_linear_kernel(
     x: Tile["M", "K"], quants: Tile["N", "K", int8], scale: Tile["N", "K/32"], out: Tile["M", "N"],
+    bias: Tile["N"] | None = None,
 ):
-    """out = x @ (quants * scale).T, in f32, rounded once: the weights of GGUF's Q8_0.
+    """out = x @ (quants * scale).T + bias, in f32, rounded once: the weights of GGUF's Q8_0.
 
     Args:
         x: [M, K].
         quants: [N, K] int8.
         scale: [N, K/32], a factor for each group.
         out: [M, N].
+        bias: [N].
     """
-    weight = _dequantized(quants, scale, None)
-    tile.store(out, tile.mma(tile.cast(tile.load(x), f32), tile.transpose(weight)))
+    total = tile.mma(tile.cast(tile.load(x), f32), tile.transpose(_dequantized(quants, scale, None)))
+    if bias is not None:
+        total = total + tile.cast(tile.load(bias), f32)
+    tile.store(out, total)
 
 
 @kernel
 def int4_linear_kernel(
     x: Tile["M", "K"], quants: Tile["N", "K", int4], scale: Tile["N", "K/32"],
-    minimum: Tile["N", "K/32"] | None, out: Tile["M", "N"],
+    minimum: Tile["N", "K/32"] | None, out: Tile["M", "N"], bias: Tile["N"] | None = None,
 ):
-    """out = x @ (quants * scale + minimum).T, in f32, rounded once: the weights of GGUF's Q4_0 and Q4_1.
+    """out = x @ (quants * scale + minimum).T + bias, in f32, rounded once: the weights of GGUF's Q4_0 and Q4_1.
 
     Args:
         x: [M, K].
@@ -63,9 +67,58 @@ def int4_linear_kernel(
         scale: [N, K/32], a factor for each group.
         minimum: [N, K/32], added to each weight of a group, or None.
         out: [M, N].
+        bias: [N].
     """
-    weight = _dequantized(quants, scale, minimum)
-    tile.store(out, tile.mma(tile.cast(tile.load(x), f32), tile.transpose(weight)))
+    total = tile.mma(tile.cast(tile.load(x), f32), tile.transpose(_dequantized(quants, scale, minimum)))
+    if bias is not None:
+        total = total + tile.cast(tile.load(bias), f32)
+    tile.store(out, total)
+
+
+@kernel
+def int8_group_embedding_kernel(
+    ids: Tile["N"], quants: Tile["V", "D", int8], scale: Tile["V", "D/32"], out: Tile["N", "D"],
+):
+    """out = (quants * scale)[ids], in f32, rounded once.
+
+    Args:
+        ids: [N] ints in [0, V).
+        quants: [V, D] int8.
+        scale: [V, D/32], a factor for each group of a row.
+        out: [N, D].
+    """
+    for i in tile.grid(tile.context().N):
+        row = ids[i]
+        tile.store(out[i], _dequantized_row(quants[row], scale[row], None))
+
+
+@kernel
+def int4_embedding_kernel(
+    ids: Tile["N"], quants: Tile["V", "D", int4], scale: Tile["V", "D/32"], minimum: Tile["V", "D/32"] | None,
+    out: Tile["N", "D"],
+):
+    """out = (quants * scale + minimum)[ids], in f32, rounded once.
+
+    Args:
+        ids: [N] ints in [0, V).
+        quants: [V, D] int4: packed, from -8 to 7.
+        scale: [V, D/32], a factor for each group of a row.
+        minimum: [V, D/32], added to each element of a group, or None.
+        out: [N, D].
+    """
+    for i in tile.grid(tile.context().N):
+        row = ids[i]
+        tile.store(out[i], _dequantized_row(quants[row], scale[row], None if minimum is None else minimum[row]))
+
+
+def _dequantized_row(quants, scale, minimum):
+    """The tile [D] of one row's f32 weights."""
+    (depth,) = quants.shape
+    groups = tile.reshape(tile.cast(tile.load(quants), f32), (depth // 32, 32))
+    weight = groups * tile.cast(tile.load(scale)[:, None], f32)
+    if minimum is not None:
+        weight = weight + tile.cast(tile.load(minimum)[:, None], f32)
+    return tile.reshape(weight, (depth,))
 
 
 def _dequantized(quants, scale, minimum):
