@@ -30,6 +30,7 @@ from tessera.ops.metric_losses import (
 )
 from tessera.ops.mlp import gated, gated_packed, swiglu, swiglu_memory_efficient, swiglu_packed
 from tessera.ops.norm import add_rms_norm, layer_norm, rms_norm, sharded_rms_norm, stable_rms_norm
+from tessera.ops.paged_attention import paged_attention
 from tessera.ops.positions import (
     alibi_bias,
     alibi_slopes,
@@ -62,10 +63,10 @@ __all__ = [
     "fake_quantize_rows", "flash_attention", "fused_softmax_cross_entropy", "gated", "gated_packed", "gather", "gelu",
     "gelu_tanh", "gemm", "grouped_query_attention", "implementation", "int8_linear", "is_invariant", "is_quantized",
     "l2_normalize", "layer_norm", "linear", "linear_cross_entropy", "log_softmax", "log_softmax_stable", "make_mask",
-    "masked_mean", "matmul", "max_margin_loss", "mul_fp8", "multi_query_attention", "quantize", "quantize_rows",
-    "quantized_matmul", "relu", "relu2", "rms_norm", "rope_frequencies", "rope_tables", "rotary", "rotary_",
-    "rotary_embedding", "sharded_rms_norm", "silu", "softcap", "softmax", "softmax_cross_entropy", "softmax_safe",
-    "split_heads", "stable_contrastive_loss", "stable_cross_entropy", "stable_max_margin_loss", "stable_rms_norm",
-    "swiglu", "swiglu_memory_efficient", "swiglu_packed", "swish", "swish_fp8", "to_block_sparse",
+    "masked_mean", "matmul", "max_margin_loss", "mul_fp8", "multi_query_attention", "paged_attention", "quantize",
+    "quantize_rows", "quantized_matmul", "relu", "relu2", "rms_norm", "rope_frequencies", "rope_tables", "rotary",
+    "rotary_", "rotary_embedding", "sharded_rms_norm", "silu", "softcap", "softmax", "softmax_cross_entropy",
+    "softmax_safe", "split_heads", "stable_contrastive_loss", "stable_cross_entropy", "stable_max_margin_loss",
+    "stable_rms_norm", "swiglu", "swiglu_memory_efficient", "swiglu_packed", "swish", "swish_fp8", "to_block_sparse",
     "vocab_parallel_cross_entropy", "wants_reference",
 ]

@@ -1,0 +1,86 @@
+"""Attention over keys and values that lie in pages, as a serving engine's cache keeps them."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from tessera import kernel
+from tessera.kernel import lang as tile
+from tessera.kernel.signature import constexpr
+from tessera.types import Tile, f32, int32
+
+SPAN_PAGES = 16  # pages a program; a fixed number, so that neither the batch nor the threads change the order of a sum
+
+
+@kernel
+def paged_attention_kernel(
+    q: Tile["B", "H_kv", "R", "D"], k: Tile["PAGES", "PAGE", "H_kv", "D"], v: Tile["PAGES", "PAGE", "H_kv", "D"],
+    table: Tile["B", "M", int32], lengths: Tile["B", int32], out: Tile["B", "H_kv", "R", "D"],
+    parts: Tile["B", "H_kv", "P", "R", "D + 2", f32], n_queries: int, scale: float,
+    window: Optional[int] = None, sinks: Optional[Tile["H_kv", "R"]] = None, softcap: constexpr = None,  # noqa: UP045
+):
+    """out = softmax(q k^T scale) v, causal; spans of pages are taken by different programs, then put together in order.
+
+    Query i of N stands at key length - N + i. A query that sees no key gives zeros.
+
+    Args:
+        q, out: [B, H_kv, R, D], for each of the heads that share a key head the row's N queries.
+        k, v: [PAGES, PAGE, H_kv, D].
+        table: [B, M], the pages of each row's keys in their order.
+        lengths: [B], each row's keys, the queries' own among them.
+        parts: [B, H_kv, P, R, D + 2] f32 scratch, P = M / SPAN_PAGES rounded up: weighted values, sum of weights
+            and largest score of every span.
+        n_queries: N, which divides R.
+        scale: of the scores; > 0.
+        window: a query sees itself and the window - 1 keys before it; >= 1.
+        sinks: [H_kv, R], each row's logit of its head, that takes its share of the softmax and has no value.
+        softcap: scores become softcap * tanh(scores / softcap).
+    """
+    ctx = tile.context()
+    factor = scale if softcap is None else 1.0
+    for batch, head, part in tile.grid(ctx.B, ctx.H_kv, ctx.P):
+        length = lengths[batch]
+        queries = tile.cast(tile.load(q[batch, head]), f32)
+        top = tile.full((ctx.R,), -float("inf"), f32)
+        total = tile.zeros((ctx.R,), f32)
+        result = tile.zeros((ctx.R, ctx.D), f32)
+        first = part * SPAN_PAGES
+        if window is not None:
+            first = tile.maximum(first, tile.maximum(length - n_queries - window + 1, 0) // ctx.PAGE)
+        last = tile.minimum(part * SPAN_PAGES + SPAN_PAGES, (length + ctx.PAGE - 1) // ctx.PAGE)
+        for slot in tile.range(first, last):
+            page = table[batch, slot]
+            at = tile.arange(ctx.PAGE) + slot * ctx.PAGE
+            keys = tile.cast(tile.load(k[page, :, head, :]), f32)
+            values = tile.cast(tile.load(v[page, :, head, :]), f32)
+            values = tile.where((at < length)[:, None], values, 0.0)  # a weight of 0 times NaN would be NaN
+            scores = tile.mma(queries, tile.transpose(keys))
+            if softcap is not None:
+                scores = softcap * tile.tanh(scores * scale / softcap)
+            ages = (tile.arange(ctx.R) % n_queries + (length - n_queries))[:, None] - at[None, :]
+            scores = tile.where(ages >= 0, scores, -float("inf"))
+            if window is not None:
+                scores = tile.where(ages < window, scores, -float("inf"))
+            new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
+            safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
+            # The difference first: it is exactly 0 for the largest score, however large that is.
+            weights = tile.exp((scores - safe_top[:, None]) * factor)
+            shrink = tile.exp((top - safe_top) * factor)
+            total = total * shrink + tile.reduce_sum(weights, axis=-1)
+            result = result * shrink[:, None] + tile.mma(weights, values)
+            top = new_top
+        tile.store(parts[batch, head, part, :, 0:ctx.D], result)
+        tile.store(parts[batch, head, part, :, ctx.D], total)
+        tile.store(parts[batch, head, part, :, ctx.D + 1], top * factor)
+    for batch, head in tile.grid(ctx.B, ctx.H_kv):
+        tops = tile.load(parts[batch, head, :, :, ctx.D + 1])
+        best = tile.reduce_max(tops, axis=0)
+        if sinks is not None:
+            best = tile.maximum(best, tile.cast(tile.load(sinks[head]), f32))
+        best = tile.where(best == -float("inf"), 0.0, best)
+        shares = tile.exp(tops - best[None, :])
+        divisor = tile.reduce_sum(shares * tile.load(parts[batch, head, :, :, ctx.D]), axis=0)
+        if sinks is not None:
+            divisor = divisor + tile.exp(tile.cast(tile.load(sinks[head]), f32) - best)
+        mixed = tile.reduce_sum(tile.load(parts[batch, head, :, :, 0:ctx.D]) * shares[:, :, None], axis=0)
+        tile.store(out[batch, head], mixed / tile.where(divisor == 0.0, 1.0, divisor)[:, None])
