@@ -1,9 +1,9 @@
 """Block sizes that the cpu backend chooses for kernels without a grid.
 
 Rows are taken one at a time: a row's working set then stays in the innermost caches, and a grid item
-costs a few instructions. The innermost stored dim is cut into runs of many vectors. Around a matmul the
-blocks are as large as the second-level cache likes, because a block packs its operands once; where that
-would leave threads without work they are smaller. No block size changes a result.
+costs a few instructions. The innermost stored dim is cut into runs of many vectors. Around a matmul blocks
+are large, because a block packs its operands once, but there are as many for each thread; where a tile of the
+block's rows lies in memory they are as the second-level cache likes. No block size changes a result.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tessera.kernel import ir
-from tessera.kernel.backends.cpu import mma
+from tessera.kernel.backends.cpu import mma, plan
+from tessera.kernel.backends.cpu.fusion import fused_products
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Function
 from tessera.kernel.passes.parallelize import THREADS, Cut, ParallelDim
 
 ROW_RUN = 4096  # elements of an innermost parallel dim a block
-MMA_ROWS, MMA_COLUMNS = 384, 512
+_FULL_COLUMNS = 256
+_FUSED_BLOCK = (16384, 1024)  # most rows and columns of products that go chunk by chunk into a store
+_STORED_BLOCK = (384, 512)  # the same where a tile of a block lies in memory
 
 
 def choose(function: Function, dims: Sequence[ParallelDim], target: Target) -> list[Cut | None]:
@@ -26,8 +29,18 @@ def choose(function: Function, dims: Sequence[ParallelDim], target: Target) -> l
     has_mma = any(op.name == "mma" for op in ir.walk(function.body))
     rows = next((dim.size for dim in dims if dim.mma_rows), Dim.of(1))
     columns = next((dim.size for dim in dims if dim.mma_columns), Dim.of(1))
-    row_cut, column_cut = _mma_blocks(rows, columns, mma.tiling(target))
+    most = _FUSED_BLOCK if has_mma and _only_fused(function, target) else _STORED_BLOCK
+    row_cut, column_cut = _mma_blocks(rows, columns, mma.tiling(target), *most)
     return [_cut(function, dim, has_mma, row_cut, column_cut) for dim in dims]
+
+
+def _only_fused(function: Function, target: Target) -> bool:
+    """Whether no tile of a block's size lies in memory: all products go into stores."""
+    kept = plan.plan(function)
+    fused = {op for products in fused_products(function, kept, target).values() for op in products}
+    in_memory = [op for op in ir.walk(function.body) if op.name in plan.BUFFERED or any(
+        result.name in kept and result.type.rank > 1 for result in op.results)]
+    return all(op in fused for op in in_memory)
 
 
 def _cut(function: Function, dim: ParallelDim, has_mma: bool, row_cut: Cut, column_cut: Cut) -> Cut | None:
@@ -38,12 +51,18 @@ def _cut(function: Function, dim: ParallelDim, has_mma: bool, row_cut: Cut, colu
     return Cut(most=ROW_RUN if dim.innermost and not has_mma else 1)
 
 
-def _mma_blocks(rows: Dim, columns: Dim, t: mma.Tiling) -> tuple[Cut, Cut]:
-    """Multiples of the register tile, at most MMA_ROWS x MMA_COLUMNS, and at least a block a thread."""
-    most_rows, most_columns = MMA_ROWS // t.mr * t.mr, MMA_COLUMNS // t.nr * t.nr
-    small_blocks = rows.ceildiv(4 * t.mr).maximum(1)
-    column_blocks = columns.ceildiv(most_columns).maximum(THREADS.ceildiv(small_blocks))
-    row_blocks = rows.ceildiv(most_rows).maximum(THREADS.ceildiv(column_blocks))
+def _mma_blocks(rows: Dim, columns: Dim, t: mma.Tiling, most_rows: int, most_columns: int) -> tuple[Cut, Cut]:
+    """Multiples of the register tile and at least a block a thread, cut along the columns first.
+
+    A block packs its columns of W and its rows of A. Columns cost more, so that rows are not cut before blocks have
+    as many columns as rows, up to _FULL_COLUMNS. Blocks of columns that are more than threads come in multiples.
+    """
+    most_rows, most_columns = most_rows // t.mr * t.mr, most_columns // t.nr * t.nr
+    narrowest = rows.minimum(_FULL_COLUMNS).maximum(2 * t.nr)
+    column_blocks = columns.ceildiv(most_columns).maximum(THREADS.minimum(columns.ceildiv(narrowest)))
+    rounds = column_blocks // THREADS  # none where there are fewer blocks than threads
+    column_blocks = column_blocks.maximum((column_blocks.ceildiv(THREADS) * THREADS).minimum(rounds * columns))
+    row_blocks = rows.ceildiv(most_rows).maximum(THREADS.ceildiv(column_blocks).minimum(rows.ceildiv(4 * t.mr)))
     return (Cut(most=most_rows, step=_step(rows, row_blocks, t.mr)),
             Cut(most=most_columns, step=_step(columns, column_blocks, t.nr)))
 

@@ -18,7 +18,7 @@ from tessera.kernel.backends.cpu import emit
 from tessera.kernel.backends.cpu.emit import F32, F64, I1, I8, I32, I64, PTR, Builder, Val
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.dims import Dim, Term, split_fraction
-from tessera.kernel.ir import Function, Param, Value
+from tessera.kernel.ir import Function, Op, Param, Value
 from tessera.types import DType, f32, int32
 
 ZERO = emit.const(0, I64)
@@ -76,6 +76,7 @@ class Context:
         self.materialize: set[str] = set()
         self.rows_ahead = 0  # how far ahead loads across rows ask for memory
         self.joined: set[str] = set()  # concatenations that their store computes
+        self.fused: dict[Op, list[Op]] = {}  # stores that compute products themselves, and these products
         self.destinations: dict[str, Memory] = {}  # where a matmul is told to put its result
         self._known: list[dict[tuple, Val]] = [{}]
         self._scratch: list[tuple[Val, Dim]] = []

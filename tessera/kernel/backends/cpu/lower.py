@@ -17,9 +17,10 @@ from tessera.kernel.backends.cpu.context import Context, Memory, register_type
 from tessera.kernel.backends.cpu.control import lower_for, lower_if, lower_while
 from tessera.kernel.backends.cpu.elements import Point, compute, element, index64, load, produce, store
 from tessera.kernel.backends.cpu.emit import I64, PTR, Val
+from tessera.kernel.backends.cpu.fusion import Fused, fused_products
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.loops import each, sweep, write
-from tessera.kernel.backends.cpu.matmul import lower_mma
+from tessera.kernel.backends.cpu.matmul import lower_mma, store_products
 from tessera.kernel.backends.cpu.reductions import reduce, scan
 from tessera.kernel.backends.cpu.sorting import sort
 from tessera.kernel.ir import Block, Function, Op
@@ -32,10 +33,11 @@ def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
     """The module and its number of segments."""
     module = emit.Module()
     kept, joined = plan.plan(function), plan.joined(function)
+    fused = fused_products(function, kept, target)
     segments = _segments(function.body)
     _emit_work(function, module, target)
     for number, (shared, ops) in enumerate(segments):
-        _lower_segment(function, module, target, kept, joined, number, shared, ops)
+        _lower_segment(function, module, target, kept, joined, fused, number, shared, ops)
     return module, len(segments)
 
 
@@ -82,7 +84,7 @@ def _has_effects(op: Op) -> bool:
 
 
 def _lower_segment(function: Function, module: emit.Module, target: Target, kept: set[str], joined: set[str],
-                   number: int, shared: list[Op], ops: list[Op]) -> None:
+                   fused: Fused, number: int, shared: list[Op], ops: list[Op]) -> None:
     items = module.function(f"items_{number}", I64, [("args", "ptr")])
     ctx = Context(function, module, target, items)
     total: Val = emit.const(1, I64)
@@ -96,7 +98,7 @@ def _lower_segment(function: Function, module: emit.Module, target: Target, kept
     body = module.function(
         f"body_{number}", emit.VOID, [("args", PTR), ("begin", I64), ("end", I64)], inline=False)
     ctx = Context(function, module, target, body)
-    ctx.materialize, ctx.joined = kept, joined
+    ctx.materialize, ctx.joined, ctx.fused = kept, joined, fused
     _lower_block(ctx, Block(ops=shared))
     if parallel:
         with ctx.b.for_(body.args[1], body.args[2]) as loop, ctx.scope():
@@ -188,6 +190,9 @@ def _store(ctx: Context, op: Op) -> None:
     source, type_ = plan.stored_value(op), _store_type(view, value)
     if source.name in ctx.joined:
         _store_parts(ctx, memory, source, type_)
+        return
+    if op in ctx.fused:
+        store_products(ctx, op, ctx.fused[op], type_)
         return
     sweep(ctx, type_, [source], lambda point: store(ctx, memory, point, element(ctx, source, point)))
 

@@ -1,39 +1,84 @@
-"""Lowers `mma`: chooses a register-blocked kernel where there is one, else plain loops.
+"""Lowers `mma`: packed and register-blocked (`mma.py`), straight from memory for few rows (`skinny.py`), or loops.
 
-Each output element is one chain acc = fma(a_k, b_k, acc), k ascending, from 0 or from the accumulator, on
-either path. Operands that are computed on demand (a norm before, a dequantized weight) are evaluated while
-they are packed, so they never make a trip through memory of their own.
+Each output element is one chain acc = fma(a_k, b_k, acc), k ascending, from 0 or from the accumulator, on every
+path (pairs of bf16 where the processor adds pairs: `mma_dot.py`). Operands that are computed on demand (a norm
+before, a dequantized weight) are evaluated while they are packed, and where a store alone uses the result, it is
+computed chunk by chunk: neither makes a trip through memory of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu import emit, mma, resident, skinny
-from tessera.kernel.backends.cpu.columns import aligned
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory, register_type
-from tessera.kernel.backends.cpu.elements import Point, element, store
-from tessera.kernel.backends.cpu.emit import F32, Val
-from tessera.kernel.backends.cpu.loops import each, sweep, vector_lanes, write
-from tessera.kernel.backends.cpu.mma_dot import dot_unit
-from tessera.kernel.backends.cpu.mma_pack import Source, strided
+from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, store
+from tessera.kernel.backends.cpu.emit import F32, I64, Val
+from tessera.kernel.backends.cpu.loops import each, run_lanes, sweep, vector_lanes, write
+from tessera.kernel.backends.cpu.mma_dot import F32_CHAIN, Dot, dot_unit
+from tessera.kernel.backends.cpu.mma_pack import UNIT
+from tessera.kernel.backends.cpu.operands import memory_of, packing_source
+from tessera.kernel.backends.cpu.plan import stored_value
 from tessera.kernel.dims import Dim
-from tessera.kernel.ir import ELEMENTWISE, Op, Value
-from tessera.types import f32
+from tessera.kernel.ir import Op, TileTy, Value
+from tessera.types import DType, f32, int32
 
 
 def lower_mma(ctx: Context, op: Op) -> None:
-    """Fill the result's buffer; `ctx.memory` is set."""
+    """Fill the result's buffer; `ctx.memory` is set. A product that a store computes is left to it."""
     result = op.result
+    if any(op in products for products in ctx.fused.values()):
+        return
     memory = ctx.destinations.get(result.name) or ctx.buffer(result)
     if len(op.operands) == 3:
         write(ctx, memory, result, lambda point: element(ctx, op.operands[2], point))
     ctx.memory[result.name] = memory
-    if register_type(result.type.dtype) == F32:
-        (_resident if resident.fits(op) and _in_loop(ctx, op) else _blocked)(ctx, op, memory)
+    if _dot_of(ctx, op) is None:
+        sweep(ctx, result.type, [], lambda point: _chain(ctx, op, point), 2 * vector_lanes(ctx))
+        return
+    if _in_loop(ctx, op) and resident.fits(op) and register_type(result.type.dtype) == F32:
+        _resident(ctx, op, memory)
     else:
-        sweep(ctx, result.type, [], lambda point: _dot(ctx, op, point), 2 * vector_lanes(ctx))
+        _multiply_into(ctx, op, memory, result.type)
+
+
+def _multiply_into(ctx: Context, op: Op, memory: Memory, type_: TileTy) -> None:
+    operands = _Operands(ctx, op)
+
+    def multiply(batch: tuple[Val, ...]) -> None:
+        _matmul(ctx, [(operands, memory.address(ctx.b, (*batch, ZERO, ZERO)), memory.strides[-2])], batch, type_, None)
+
+    _each_batch(ctx, type_, multiply)
+
+
+def store_products(ctx: Context, op: Op, products: Sequence[Op], type_: TileTy) -> None:
+    """A store that computes products and what follows them chunk by chunk; `type_` says what of the tile counts."""
+    memory, source = ctx.memory[op.operands[0].name], stored_value(op)
+    if source is products[0].result and memory.dtype == _sum_type(products[0]) and memory.strides[-1].const == 1:
+        _multiply_into(ctx, products[0], memory, type_)
+        return
+    parts = [_Operands(ctx, mma_op) for mma_op in products]
+    t = mma.tiling(ctx.target)
+    width = ctx.size(_width(parts))
+    most = (Dim.of(t.mc) * _width(parts)).maximum(skinny.ROWS * type_.shape[-1])
+    chunks = [ctx.scratch(most * UNIT) for _ in parts]
+    few = _few_rows(ctx, parts, type_)
+    pitch = width if few is None else ctx.b.select(few, ctx.size(type_.shape[-1]), width)
+
+    def multiply(batch: tuple[Val, ...]) -> None:
+        def done(row: Val, column: Val, first: Val, rows: Val, columns: Val) -> None:
+            for mma_op, chunk in zip(products, chunks):
+                origin = ctx.b.sub(0, ctx.b.add(ctx.b.mul(row, pitch), column))
+                strides = (*[ZERO] * len(batch), pitch, emit.const(1, I64))
+                ctx.memory[mma_op.result.name] = Memory(chunk, strides, _sum_type(mma_op), origin)
+            _sweep_chunk(ctx, batch, row, ctx.b.add(column, first), rows, columns,
+                         lambda point: store(ctx, memory, point, element(ctx, source, point)), source)
+
+        _matmul(ctx, [(part, chunk, pitch) for part, chunk in zip(parts, chunks)], batch, type_, done)
+
+    _each_batch(ctx, type_, multiply)
 
 
 def inner_extent(ctx: Context, op: Op) -> Val:
@@ -43,40 +88,108 @@ def inner_extent(ctx: Context, op: Op) -> Val:
     return ctx.size(left if w.valid[-2] is None else right if a.valid[-1] is None else left.minimum(right))
 
 
-# -- f32 through the register-blocked kernels ---------------------------------------------------------
-
-
-def _blocked(ctx: Context, op: Op, memory: Memory) -> None:
-    type_ = op.result.type
-    m, n, k = ctx.size(type_.extent(type_.rank - 2)), ctx.size(type_.extent(type_.rank - 1)), inner_extent(ctx, op)
-    scratch = ctx.scratch(_scratch_bytes(ctx, type_.shape[-2]))
-    dot = dot_unit(op.operands[0].type.dtype, op.operands[1].type.dtype, ctx.target)
-    # The products of a loop have no weights that few rows share: their blocks are packed anyway.
-    few = ctx.scratch(skinny.scratch_bytes()) if dot is not None and not _in_loop(ctx, op) else None
+def _each_batch(ctx: Context, type_: TileTy, body: Callable[[tuple[Val, ...]], None]) -> None:
+    """Loops over all dims but the last two."""
 
     def nest(batch: tuple[Val, ...]) -> None:
-        if len(batch) < type_.rank - 2:
+        if len(batch) == type_.rank - 2:
+            body(batch)
+        else:
             with each(ctx, ctx.size(type_.extent(len(batch)))) as index:
                 nest((*batch, index))
-            return
-        if few is None or dot is None:
-            blocked(batch)
-            return
-        with ctx.b.if_(ctx.b.and_(ctx.b.cmp("le", m, skinny.ROWS), ctx.b.cmp("gt", k, 0))) as branch, ctx.scope():
-            skinny.multiply(ctx, skinny.Product(
-                a=op.operands[0], w=op.operands[1], dot=dot, batch=batch, m=m, n=n, k=k,
-                c=memory.address(ctx.b, (*batch, ZERO, ZERO)), ldc=memory.strides[-2],
-                accumulate=len(op.operands) == 3, most_rows=type_.shape[-2].const or skinny.ROWS), few)
-        with branch.else_(), ctx.scope():
-            blocked(batch)
-
-    def blocked(batch: tuple[Val, ...]) -> None:
-        a = _source(ctx, op.operands[0], batch, lanes_axis=0)
-        w = _source(ctx, op.operands[1], batch if op.operands[1].type.rank > 2 else (), lanes_axis=1)
-        mma.matmul(ctx.b, ctx.target, m=m, n=n, k=k, a=a, w=w, c=memory.address(ctx.b, (*batch, ZERO, ZERO)),
-                   ldc=memory.strides[-2], scratch=scratch, accumulate=len(op.operands) == 3)
 
     nest(())
+
+
+def _sweep_chunk(ctx: Context, batch: tuple[Val, ...], row: Val, column: Val, rows: Val, columns: Val,
+                 body: Callable[[Point], None], source: Value) -> None:
+    """`body` at every point of a chunk, vectors along the columns."""
+    b, axis = ctx.b, len(batch) + 1
+    with ctx.scope(), b.for_(0, rows) as line, ctx.scope():
+        at = b.add(row, line.i)
+        hoist(ctx, source, Point((*batch, at, ANY), axis))
+        width = vector_lanes(ctx)
+        run_lanes(ctx, columns, width, lambda i, mask: body(
+            Point((*batch, at, b.add(column, i)), axis, width, mask)))
+
+
+# -- packed products ----------------------------------------------------------------------------------
+
+
+class _Operands:
+    """The operands of one mma, and the scratch memory that its product takes."""
+
+    def __init__(self, ctx: Context, op: Op) -> None:
+        dot = _dot_of(ctx, op)
+        assert dot is not None
+        self.op, self.dot = op, dot
+        self.left, self.right = op.operands[:2]
+        w = self.right.type
+        self.scratch = mma.scratch(mma.tiling(ctx.target), dot, w.shape[-1], w.shape[-2])
+        self.memory = ctx.scratch(self.scratch.total)
+        # The products of a loop have no weights that few rows share: their blocks are packed anyway.
+        self.few = ctx.scratch(skinny.scratch_bytes()) if dot.total == F32 and not _in_loop(ctx, op) else None
+
+    def product(self, ctx: Context, batch: tuple[Val, ...], width: Val, c: Val, ldc: Val) -> mma.Product:
+        """What `mma.matmul` takes."""
+        w_batch = batch if self.right.type.rank > 2 else ()
+        return mma.Product(
+            b=ctx.b, target=ctx.target, dot=self.dot, k=inner_extent(ctx, self.op),
+            a=packing_source(ctx, self.left, batch, self.dot, lanes_axis=0),
+            w=packing_source(ctx, self.right, w_batch, self.dot, lanes_axis=1),
+            memory=self.memory, width=width, c=c, ldc=ldc, accumulate=len(self.op.operands) == 3)
+
+    def multiply_few(self, ctx: Context, batch: tuple[Val, ...], m: Val, n: Val, c: Val, ldc: Val) -> None:
+        """The product of at most `skinny.ROWS` rows."""
+        assert self.few is not None
+        skinny.multiply(ctx, skinny.Product(
+            a=self.left, w=self.right, dot=self.dot, batch=batch, m=m, n=n, k=inner_extent(ctx, self.op), c=c, ldc=ldc,
+            accumulate=len(self.op.operands) == 3, most_rows=self.left.type.shape[-2].const or skinny.ROWS), self.few)
+
+
+def _matmul(ctx: Context, parts: Sequence[tuple[_Operands, Val, Val]], batch: tuple[Val, ...], type_: TileTy,
+            done: mma.Done | None) -> None:
+    """Products (operands, C, distance of its rows) of the same shape, side by side."""
+    m, n = (ctx.size(type_.extent(type_.rank - axis)) for axis in (2, 1))
+    width = ctx.size(_width([part for part, _, _ in parts]))
+    products = [part.product(ctx, batch, width, c, ldc) for part, c, ldc in parts]
+    when = _few_rows(ctx, [part for part, _, _ in parts], type_)
+
+    def few() -> None:
+        for part, c, ldc in parts:
+            with ctx.scope():
+                part.multiply_few(ctx, batch, m, n, c, ldc)
+
+    mma.matmul(ctx.b, products, m=m, n=n, few=None if when is None else (when, few), done=done)
+
+
+def _width(parts: Sequence[_Operands]) -> Dim:
+    """Columns that are packed at once: what suits all products."""
+    width = parts[0].scratch.width
+    for part in parts[1:]:
+        width = width.minimum(part.scratch.width)
+    return width
+
+
+def _few_rows(ctx: Context, parts: Sequence[_Operands], type_: TileTy) -> Val | None:
+    """Whether the products are for `skinny`; None where that is known not to be."""
+    if any(part.few is None for part in parts):
+        return None
+    few = ctx.b.cmp("le", ctx.size(type_.extent(type_.rank - 2)), skinny.ROWS)
+    for part in parts:
+        few = ctx.b.and_(few, ctx.b.cmp("gt", inner_extent(ctx, part.op), 0))
+    return few
+
+
+def _dot_of(ctx: Context, op: Op) -> Dot | None:
+    return dot_unit(op.operands[0].type.dtype, op.operands[1].type.dtype, ctx.target)
+
+
+def _sum_type(op: Op) -> DType:
+    return f32 if register_type(op.result.type.dtype) == F32 else int32
+
+
+# -- blocks of loops ----------------------------------------------------------------------------------
 
 
 def _in_loop(ctx: Context, op: Op) -> bool:
@@ -96,7 +209,7 @@ def _resident(ctx: Context, op: Op, memory: Memory) -> None:
             with each(ctx, ctx.size(type_.extent(len(batch)))) as index:
                 nest((*batch, index))
             return
-        right = _source(ctx, w, batch if w.type.rank > 2 else (), lanes_axis=1)
+        right = packing_source(ctx, w, batch if w.type.rank > 2 else (), F32_CHAIN, lanes_axis=1)
         resident.multiply(ctx, op, left, right, memory, batch, sizes, scratch)
 
     nest(())
@@ -104,7 +217,7 @@ def _resident(ctx: Context, op: Op, memory: Memory) -> None:
 
 def _in_f32(ctx: Context, value: Value) -> Memory:
     """A value as f32 in memory: where it is, or written to scratch first."""
-    memory = _as_memory(ctx, value)
+    memory = memory_of(ctx, value)
     if memory is not None and memory.dtype.name == "f32":
         return memory
     if value.op is not None and value.op.name == "transpose":
@@ -115,66 +228,10 @@ def _in_f32(ctx: Context, value: Value) -> Memory:
     return memory
 
 
-def _scratch_bytes(ctx: Context, rows: Dim) -> Dim:
-    """What `mma.scratch_floats` asks for, as a symbolic size."""
-    t = mma.tiling(ctx.target)
-    return (rows.ceildiv(t.mr) * (t.mr * t.kc) + t.w_floats) * 4
-
-
-def _source(ctx: Context, value: Value, batch: tuple[Val, ...], lanes_axis: int) -> Source:
-    """An operand for packing: its last two axes, the one of the lanes and the one of k."""
-    memory = _as_memory(ctx, value)
-    lane, k = (len(batch) + lanes_axis, len(batch) + 1 - lanes_axis)
-    if memory is not None and memory.dtype.name == "f32":
-        pointer = memory.address(ctx.b, (*batch, ZERO, ZERO))
-        return strided(ctx.b, pointer, memory.strides[lane], memory.strides[k])
-    axis = _unit_axis(ctx, value)
-
-    def read(at_lane: Val, at_k: Val, count: int, along_k: bool) -> Val:
-        indices = [*batch, ZERO, ZERO]
-        # Vectors along k start at multiples of their length.
-        indices[lane], indices[k] = at_lane, aligned(ctx, at_k, count) if count and along_k else at_k
-        with ctx.scope():
-            point = Point(tuple(indices), (k if along_k else lane) if count else None, count)
-            x = element(ctx, value, point)
-        return x if emit.lanes(x.ty) == count else ctx.b.splat(x, count)
-
-    return Source(read=read, along_k=axis == k)
-
-
-def _as_memory(ctx: Context, value: Value) -> Memory | None:
-    """The memory behind a value that is only moved: loaded, transposed."""
-    if value.name in ctx.memory:
-        return ctx.memory[value.name]
-    if value.op is None:
-        return None
-    if value.op.name == "load":
-        return ctx.memory[value.op.operands[0].name]
-    if value.op.name == "transpose":
-        source = _as_memory(ctx, value.op.operands[0])
-        if source is not None:
-            return replace(source, strides=tuple(source.strides[p] for p in value.op.attrs["perm"]))
-    return None
-
-
-def _unit_axis(ctx: Context, value: Value) -> int:
-    """The axis along which a value's elements lie side by side in memory; the last where nothing tells."""
-    memory = _as_memory(ctx, value)
-    if memory is not None:
-        return next((axis for axis, stride in enumerate(memory.strides) if stride.const == 1), value.type.rank - 1)
-    op = value.op
-    if op is not None and op.name == "transpose":
-        return op.attrs["perm"].index(_unit_axis(ctx, op.operands[0]))
-    if op is not None and op.name in ELEMENTWISE:
-        widest = max(op.operands, key=lambda v: v.type.rank)
-        return _unit_axis(ctx, widest)
-    return value.type.rank - 1
-
-
 # -- every other dtype --------------------------------------------------------------------------------
 
 
-def _dot(ctx: Context, op: Op, point: Point) -> None:
+def _chain(ctx: Context, op: Op, point: Point) -> None:
     b, (a, w) = ctx.b, op.operands[:2]
     ty = register_type(op.result.type.dtype)
     rank = op.result.type.rank

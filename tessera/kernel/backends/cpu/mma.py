@@ -1,55 +1,58 @@
-"""f32 matrix products: register-blocked kernels, and a blocked product built from them.
+"""Matrix products, blocked for the caches and packed for the registers.
 
-In: two operands as the lowering has them (in memory, lazily computed, or packed weights) and a row-major f32
-block C. Out: instructions that add the product to C. Called by the lowering of `mma` and by `gemm.py`.
+In: two operands that can be read a vector at a time (`Source`), or packed weights (`Panels`), and a row-major block C
+of f32 or int32. Out: instructions that compute the product into C. Called by `matmul.py`.
 
-The contract that the bitwise guarantees stand on: an element of C is one chain acc = fma(a_k, w_k, acc) with k
-ascending, from 0 or from what stood in C. Which kernel computes it (full, edge, skinny), how K is blocked and how
-work is split changes where the chain is computed, never its order: every row has the same bits at any M.
+The contract that the bitwise guarantees stand on: an element of C is one chain of sums with k ascending, from 0 or
+from what stood in C; a step takes what one unit holds (`mma_dot.py`), for f32 acc = fma(a_k, w_k, acc). Which kernel
+computes it, how K is blocked and how work is split changes where the chain is computed, never its order: every row
+has the same bits at any M.
 
-Layouts (in elements; `width` is MR for the left operand, NR for the right one):
-    panels      [ceil(lanes / width)][K][width], zero where a panel has no lane
+The loops, from the outside: columns of C that share packed W (`width`); its rows, as many as fit a chunk of A in the
+second-level cache (`mc`); blocks of k (`kc`); the register tiles of `mma_micro.py`. W is packed for all of K once, A
+a chunk at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Builder, Function, Module, Val, const, vec
+from tessera.kernel.backends.cpu.emit import F32, I1, I32, I64, Builder, Val, const, vec
 from tessera.kernel.backends.cpu.host import Target
-from tessera.kernel.backends.cpu.mma_pack import Source, pack_panel, pack_panels
+from tessera.kernel.backends.cpu.mma_dot import Dot, shifted_sums
+from tessera.kernel.backends.cpu.mma_micro import Kernel, block_kernel
+from tessera.kernel.backends.cpu.mma_pack import UNIT, Source, pack_panels, pack_rows
+from tessera.kernel.dims import Dim
 
-STREAM_DEPTH = 16  # rows of a row-major W that are read side by side: the prefetcher follows that many streams
+PACKED_BYTES = 32 << 20  # at most, of packed W; a deeper K makes the columns fewer
+_GROUP = 128  # columns that are handed on while they are in the cache; a multiple of any NR
+_PAD = 16  # units behind a row of packed A: rows a power of two apart would share cache sets
+
+Done = Callable[[Val, Val, Val, Val, Val], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Register and cache blocking: C is computed in `mr` x `nr` tiles, `kc` steps of k at a time.
+    """Register and cache blocking, in 32-bit units and lanes.
 
-    `mr` * `nr` accumulators, one row of W and one element of A fill the vector registers; a W panel of `kc` x `nr`
-    takes half of the first-level cache, `nc` columns of W half of the second.
+    `mr` * `nr` sums, one row of W and one unit of A fill the vector registers; a W panel of `kc` x `nr` stays in the
+    caches next to the core while `mc` rows of A pass, which take about half of the second level; at most `nc`
+    columns of W are packed at once.
     """
 
     lanes: int
     mr: int
     nr: int
+    mc: int
     kc: int
     nc: int
-
-    @property
-    def w_floats(self) -> int:
-        """Scratch for packed W: a chunk of a blocked product, or the panels of a skinny one."""
-        return self.kc * max(self.nc, self.nr * self.panels(1)) + self.nr
 
     @property
     def vectors(self) -> int:
         """Vectors in a row of a panel."""
         return self.nr // self.lanes
-
-    def panels(self, rows: int) -> int:
-        """How many W panels a kernel with few rows takes at once, to have enough independent chains."""
-        return max(1, min(4, 8 // (rows * self.vectors)))
 
 
 def tiling(target: Target) -> Tiling:
@@ -57,220 +60,203 @@ def tiling(target: Target) -> Tiling:
     lanes = target.lanes(32)
     mr = {512: 14, 256: 6}.get(target.vector_bits, 8 if target.vector_registers == 32 else 4)
     nr = 2 * lanes
-    kc = max(128, min(512, target.l1 // 2 // (4 * nr) // 64 * 64))
-    nc = max(nr, min(512, target.l2 // 2 // (4 * kc) // nr * nr))
-    return Tiling(lanes=lanes, mr=mr, nr=nr, kc=kc, nc=nc)
+    kc = min(512, 12288 // nr)
+    mc = max(4 * mr, min(384, target.l2 // 2 // (UNIT * kc)) // mr * mr)
+    return Tiling(lanes=lanes, mr=mr, nr=nr, mc=mc, kc=kc, nc=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panels:
-    """A right operand that is packed already: `pointer` to panels of NR lanes that are `depth` deep."""
+    """A right operand that is packed already: `pointer` to panels of NR lanes that are `depth` units deep."""
 
     pointer: Val
     depth: Val
 
 
-def scratch_floats(target: Target, b: Builder, m: Val) -> Val:
-    """How many f32 of 64-byte aligned scratch `matmul` needs for `m` rows."""
-    t = tiling(target)
-    rows = b.mul(b.ceil_div(m, t.mr), t.mr)
-    return b.add(b.mul(rows, t.kc), t.w_floats)
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """How the scratch memory of a product is laid out, in bytes; each part starts at a multiple of 64.
+
+    Attributes:
+        width: columns of W that are packed at once, a multiple of NR.
+        total: of A's chunk, the packed columns and their sums.
+    """
+
+    width: Dim
+    total: Dim
 
 
-def matmul(b: Builder, target: Target, *, m: Val, n: Val, k: Val, a: Source, w: Source | Panels, c: Val, ldc: Val,
-           scratch: Val, accumulate: bool = False) -> None:
-    """C[m, n] = A[m, k] @ W[k, n], or C += with `accumulate`.
+def scratch(t: Tiling, dot: Dot, n: Dim, k: Dim) -> Scratch:
+    """What a product of at most `n` columns and depth `k` needs."""
+    units = k.ceildiv(dot.pack) + 1
+    fits = ((Dim.of(PACKED_BYTES // UNIT) // units) // t.nr * t.nr).maximum(t.nr)
+    width = (n.ceildiv(t.nr) * t.nr).maximum(t.nr).minimum(t.nc).minimum(fits)
+    return Scratch(width=width, total=(width * units + width) * UNIT + _a_bytes(t))
 
-    Args:
-        m, n, k: i64 sizes; any size, zero too (k = 0 leaves C, or clears it).
+
+def _a_bytes(t: Tiling) -> int:
+    return t.mc * (t.kc + _PAD) * UNIT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One product C = A @ W, or C += with `accumulate`.
+
+    Attributes:
+        k: i64; zero leaves C, or clears it.
         a: the left operand; its lanes are rows.
         w: the right operand; its lanes are columns.
-        c, ldc: f32 destination and the distance of its rows in elements.
-        scratch: `scratch_floats` f32.
+        memory, width: scratch memory as `scratch` says, 64-byte aligned.
+        c, ldc: the destination (f32 or int32) and the distance of its rows in elements.
     """
-    t = tiling(target)
-    keep = const(int(accumulate), I1)
-    with b.if_(b.cmp("le", k, 0)):
-        if not accumulate:
-            with b.for_(0, m) as row:
-                b.fill(b.gep(c, b.mul(row.i, ldc), F32), 0, b.mul(n, 4))
-    skinny = b.cmp("le", m, t.mr if a.direct else 0)
-    with b.if_(b.and_(b.cmp("gt", k, 0), skinny)):
-        if a.direct:
-            _skinny(b, t, m, n, k, a, w, c, ldc, scratch, keep)
-    with b.if_(b.and_(b.cmp("gt", k, 0), b.not_(skinny))):
-        _blocked(b, t, m, n, k, a, w, c, ldc, scratch, keep)
 
+    b: Builder
+    target: Target
+    dot: Dot
+    k: Val
+    a: Source
+    w: Source | Panels
+    memory: Val
+    width: Val
+    c: Val
+    ldc: Val
+    accumulate: bool = False
 
-def _blocked(b: Builder, t: Tiling, m: Val, n: Val, k: Val, a: Source, w: Source | Panels, c: Val, ldc: Val,
-             scratch: Val, keep: Val) -> None:
-    """k blocks outside; A (all rows) and W (`nc` columns) are packed once a block and stay in the L2 cache."""
-    w_scratch = scratch
-    a_scratch = b.gep(scratch, t.w_floats, F32)
-    with b.for_(0, k, t.kc) as block:
-        depth = b.min(b.sub(k, block.i), t.kc)
-        going = b.or_(keep, b.cmp("gt", block.i, 0))
-        with b.for_(0, m, t.mr) as row:
-            pack_panel(b, a, t.lanes, t.mr, row.i, b.min(b.sub(m, row.i), t.mr), block.i, depth,
-                       b.gep(a_scratch, b.mul(row.i, depth), F32))
-        with b.for_(0, n, t.nc) as chunk:
-            wide = b.min(b.sub(n, chunk.i), t.nc)
-            if isinstance(w, Panels):
-                panels, pitch = _packed_at(b, t, w, chunk.i, block.i), w.depth
+    @property
+    def t(self) -> Tiling:
+        return tiling(self.target)
+
+    @property
+    def _packed(self) -> Val:
+        return self.b.gep(self.memory, _a_bytes(self.t), "i8")
+
+    @property
+    def _sums(self) -> Val:
+        """What the dot's shift adds to each packed column."""
+        return self.b.gep(self._packed, self.b.mul(self.width, self._pitch), F32)
+
+    @property
+    def _pitch(self) -> Val:
+        """Units of a panel of packed W: odd, so that panels do not share cache sets."""
+        return self.b.or_(self.b.ceil_div(self.k, self.dot.pack), 1)
+
+    def pack_columns(self, first: Val, count: Val) -> None:
+        """Pack W for all of K, unless it is packed already."""
+        if not isinstance(self.w, Panels):
+            pack_panels(self.b, self.dot, self.w, self.t.lanes, self.t.nr, first, count, const(0, I64), self.k,
+                        self._packed, self._pitch)
+        if self.dot.shift:
+            self._sum_columns(first, count)
+
+    def _panels(self, first: Val) -> tuple[Val, Val]:
+        """Packed W from a column on, and the units from panel to panel."""
+        b = self.b
+        if isinstance(self.w, Panels):
+            return b.gep(self.w.pointer, b.mul(first, self.w.depth), F32), b.mul(self.w.depth, self.t.nr)
+        return self._packed, b.mul(self._pitch, self.t.nr)
+
+    def _sum_columns(self, first: Val, count: Val) -> None:
+        b, t = self.b, self.t
+        panels, step = self._panels(first)
+        ty = vec(t.lanes, I32)
+        with b.for_(0, count, t.nr) as panel:
+            at = b.gep(panels, b.mul(b.udiv(panel.i, t.nr), step), F32)
+            with b.for_(0, b.ceil_div(self.k, self.dot.pack), carry=[const(0, ty)] * (t.nr // t.lanes)) as unit:
+                row = b.gep(at, b.mul(unit.i, t.nr), F32)
+                unit.next([shifted_sums(b, self.target, self.dot, b.load(b.gep(row, v * t.lanes, F32), ty), total)
+                           for v, total in enumerate(unit.carry)])
+            for v, total in enumerate(unit.results):
+                b.store(total, b.gep(self._sums, b.add(panel.i, v * t.lanes), F32))
+
+    def chunk(self, row: Val, rows: Val, column: Val, columns: Val, *, whole: bool, done: Done | None) -> None:
+        """C[rows, columns] from a row and a column on: blocks of k in order.
+
+        Args:
+            whole: C is memory for all of the product, not for this chunk alone.
+            done: called for some columns at a time, as soon as they are complete.
+        """
+        b, t, dot = self.b, self.t, self.dot
+        c = b.gep(self.c, b.add(b.mul(row, self.ldc), column), F32) if whole else self.c
+        pitch = 0 if self.a.along_k is False else t.kc + _PAD
+        kernel = Kernel(target=self.target, dot=dot, lanes=t.lanes, mr=t.mr, nr=t.nr, pitch=pitch)
+        block = block_kernel(b.module, kernel)
+        panels, step = self._panels(column)
+        started = self._start(c, rows, columns)
+        depth = _share(b, self.k, t.kc * dot.pack, 16 * dot.pack)
+        with b.for_(0, b.max(self.k, 1), depth) as start:  # once for k = 0: the kernels clear C
+            steps = b.min(b.sub(self.k, start.i), depth)
+            units = b.ceil_div(steps, dot.pack)
+            if pitch:
+                pack_rows(b, dot, self.a, t.lanes, row, rows, start.i, steps, self.memory, pitch)
             else:
-                pack_panels(b, w, t.lanes, t.nr, chunk.i, wide, block.i, depth, w_scratch)
-                panels, pitch = w_scratch, depth
-            with b.for_(0, wide, t.nr) as column:
-                columns = b.min(b.sub(wide, column.i), t.nr)
-                panel = b.gep(panels, b.mul(column.i, pitch), F32)
-                at_c = b.gep(c, b.add(chunk.i, column.i), F32)
-                with b.for_(0, m, t.mr) as row:
-                    _tile(b, t, b.min(b.sub(m, row.i), t.mr), columns, panel,
-                          b.gep(a_scratch, b.mul(row.i, depth), F32),
-                          b.gep(at_c, b.mul(row.i, ldc), F32), ldc, depth, going)
+                pack_panels(b, dot, self.a, t.lanes, t.mr, row, rows, start.i, steps, self.memory, units)
+            w = b.gep(panels, b.mul(b.udiv(start.i, dot.pack), t.nr), F32)
+            keep = b.or_(started, b.cmp("gt", start.i, 0))
+            with b.for_(0, columns, _GROUP if done else columns) as group:
+                wide = b.min(b.sub(columns, group.i), _GROUP) if done else columns
+                at = b.gep(w, b.mul(b.udiv(group.i, t.nr), step), F32)
+                b.call(block, self.memory, at, step, b.gep(c, group.i, F32), self.ldc, rows, wide, units, keep)
+                if done:
+                    with b.if_(b.cmp("ge", b.add(start.i, depth), self.k)):
+                        done(row, column, group.i, rows, wide)
+
+    def _start(self, c: Val, rows: Val, columns: Val) -> Val:
+        """Give C what it starts from, where that is not the kernels' zero; returns whether they have to add to it."""
+        b, lanes = self.b, self.t.lanes
+        if self.dot.shift:
+            with b.for_(0, rows) as row, b.for_(0, columns, lanes) as column:
+                at = b.gep(c, b.add(b.mul(row.i, self.ldc), column.i), I32)
+                mask = b.lane_mask(b.sub(columns, column.i), lanes)
+                before = b.masked_load(at, vec(lanes, I32), mask) if self.accumulate else const(0, vec(lanes, I32))
+                sums = b.load(b.gep(self._sums, column.i, I32), vec(lanes, I32))
+                b.masked_store(b.sub(before, sums), at, mask)
+        return const(int(self.accumulate or bool(self.dot.shift)), I1)
 
 
-def _packed_at(b: Builder, t: Tiling, w: Panels, column: Val, start: Val) -> Val:
-    """The address of packed W from a column (a multiple of NR) and a k on."""
-    return b.gep(w.pointer, b.add(b.mul(column, w.depth), b.mul(start, t.nr)), F32)
-
-
-def _tile(b: Builder, t: Tiling, rows: Val, columns: Val, panel: Val, a: Val, c: Val, ldc: Val, depth: Val,
-          keep: Val) -> None:
-    """One MR x NR tile; ragged rows are computed as a power-of-two ladder of smaller kernels."""
-    module = b.module
-    full = b.and_(b.cmp("eq", rows, t.mr), b.cmp("eq", columns, t.nr))
-    with b.if_(full, likely=True) as branch:
-        kernel = micro_kernel(module, t, t.mr, 1, packed=True, edge=False)
-        b.call(kernel, a, 1, t.mr, panel, t.nr, 0, c, ldc, depth, keep, t.nr)
-    with branch.else_():
-        _ladder(b, t, rows, lambda size, row: b.call(
-            micro_kernel(module, t, size, 1, packed=False, edge=True),
-            b.gep(a, row, F32), 1, t.mr, panel, t.nr, 0, b.gep(c, b.mul(row, ldc), F32), ldc, depth, keep, columns))
-
-
-def _ladder(b: Builder, t: Tiling, rows: Val, run: Callable[[int, Val], object]) -> None:
-    """Cover `rows` <= MR rows with kernels of MR, ..., 4, 2, 1 rows: run(size, first row)."""
-    done = const(0, I64)
-    for size in ladder(t.mr):
-        fits = b.cmp("ge", b.sub(rows, done), size)
-        with b.if_(fits) as branch:
-            run(size, done)
-            branch.give([b.add(done, size)])
-        with branch.else_():
-            branch.give([done])
-        done = branch.results[0]
-
-
-def ladder(mr: int) -> list[int]:
-    """The row counts there are kernels for: MR, and the powers of two below it."""
-    return [mr, *(size for size in (8, 4, 2, 1) if size < mr)]
-
-
-def _skinny(b: Builder, t: Tiling, m: Val, n: Val, k: Val, a: Source, w: Source | Panels, c: Val, ldc: Val,
-            scratch: Val, keep: Val) -> None:
-    """Few rows: A is read in place and W is streamed once, in groups of panels that all rows use."""
-    assert a.direct is not None
-    a_pointer, a_row, a_k = a.direct
-    in_place = not isinstance(w, Panels) and w.direct is not None and w.direct[1].const == 1
-    group = t.panels(1) * t.nr
-    loops = [(n, group), (k, t.kc)]
-    if in_place:  # rows of W in memory are read along, a few at a time
-        loops = [(k, STREAM_DEPTH), (n, group)]
-    with b.for_(0, *loops[0]) as outer, b.for_(0, *loops[1]) as inner:
-        column, start = (inner.i, outer.i) if in_place else (outer.i, inner.i)
-        columns, depth = b.min(b.sub(n, column), group), b.min(b.sub(k, start), loops[0 if in_place else 1][1])
-        going = b.or_(keep, b.cmp("gt", start, 0))
-        pointer, w_k, w_panel = _panel_group(b, t, w, column, columns, start, depth, scratch)
-
-        def rows_kernel(size: int, row: Val) -> None:
-            a_at = b.gep(a_pointer, b.add(b.mul(row, a_row), b.mul(start, a_k)), F32)
-            _group_rows(b, t, size, columns, (a_at, a_row, a_k, pointer, w_k, w_panel),
-                        b.gep(c, b.add(b.mul(row, ldc), column), F32), (ldc, depth, going))
-
-        _ladder(b, t, m, rows_kernel)
-
-
-def _panel_group(b: Builder, t: Tiling, w: Source | Panels, column: Val, columns: Val, start: Val, depth: Val,
-                 scratch: Val) -> tuple[Val, Val, Val]:
-    """Some adjacent panels of W: (pointer, stride of k, stride of panels)."""
-    if isinstance(w, Panels):
-        return _packed_at(b, t, w, column, start), const(t.nr, I64), b.mul(w.depth, t.nr)
-    if w.direct and w.direct[1].const == 1:
-        pointer, _, w_k = w.direct
-        return b.gep(pointer, b.add(column, b.mul(start, w_k)), F32), w_k, const(t.nr, I64)
-    with b.for_(0, columns, t.nr) as first:
-        pack_panel(b, w, t.lanes, t.nr, b.add(column, first.i), b.min(b.sub(columns, first.i), t.nr), start, depth,
-                   b.gep(scratch, b.mul(first.i, t.kc), F32))
-    return scratch, const(t.nr, I64), const(t.nr * t.kc, I64)
-
-
-def _group_rows(b: Builder, t: Tiling, size: int, columns: Val, operands: tuple[Val, ...], c: Val,
-                rest: tuple[Val, ...]) -> None:
-    """`size` rows by a group of panels: as many panels a call as keep enough chains going, then a ragged one."""
-    a, a_row, a_k, pointer, w_k, w_panel = operands
-    wide = t.panels(size)
-    whole = b.mul(b.udiv(columns, wide * t.nr), wide * t.nr)
-    for first, last, panels in ((const(0, I64), whole, wide), (whole, columns, 1)):
-        kernel = micro_kernel(b.module, t, size, panels, packed=False, edge=last is columns)
-        with b.for_(first, last, panels * t.nr) as at:
-            w_at = b.gep(pointer, b.mul(b.udiv(at.i, t.nr), w_panel), F32)
-            b.call(kernel, a, a_row, a_k, w_at, w_k, w_panel, b.gep(c, at.i, F32), *rest,
-                   b.min(b.sub(columns, at.i), t.nr))
-
-
-_PARAMS = [("a", "ptr noalias readonly"), ("a_row", I64), ("a_k", I64),
-           ("w", "ptr noalias readonly"), ("w_k", I64), ("w_panel", I64),
-           ("c", "ptr noalias"), ("ldc", I64), ("depth", I64), ("keep", I1), ("columns", I64)]
-
-
-def micro_kernel(module: Module, t: Tiling, rows: int, panels: int, *, packed: bool, edge: bool) -> Function:
-    """The kernel for C[rows, panels * NR] (+)= A[rows, depth] @ W[depth, ...].
+def matmul(b: Builder, products: Sequence[Product], *, m: Val, n: Val,
+           few: tuple[Val, Callable[[], None]] | None = None, done: Done | None = None) -> None:
+    """C[m, n] of each product; products side by side have the same `width`.
 
     Args:
-        packed: A is a panel (`a_row` 1, `a_k` MR); the strides are then constants of the code.
-        edge: only `columns` columns exist: others are neither read nor written.
+        m, n: i64 sizes; any size, zero too.
+        few: (condition, other code for the products): where the condition holds, that code computes all of C.
+        done: called where some columns of each C are complete with (first row, first column of the chunk, columns
+            of the chunk before them, rows, columns). C is then memory for one chunk only, `mc` rows of `width`
+            columns or all that `few` computes; the next chunk takes its place.
     """
-    name = f"mma_f32_{rows}x{panels * t.nr}{'_packed' if packed else ''}{'_edge' if edge else ''}"
+    t, width = products[0].t, products[0].width
+    step = _share(b, m, t.mc, t.mr)
+    if few:
+        step, width = b.select(few[0], m, step), b.select(few[0], n, width)
+    with b.for_(0, n, width) as column:
+        columns = b.min(b.sub(n, column.i), width)
+        with _unless(b, few and few[0]):
+            for product in products:
+                product.pack_columns(column.i, columns)
+        with b.for_(0, m, step) as row:
+            rows = b.min(b.sub(m, row.i), step)
+            if few:
+                with b.if_(few[0]):
+                    few[1]()
+                    if done:
+                        done(row.i, column.i, const(0, I64), rows, columns)
+            with _unless(b, few and few[0]):
+                for product in products:
+                    product.chunk(row.i, rows, column.i, columns, whole=done is None,
+                                  done=done if product is products[-1] else None)
 
-    def body(function: Function) -> None:
-        _emit_micro(function, t, rows, panels, packed, edge)
 
-    return module.helper(name, VOID, _PARAMS, body, inline=False)
+@contextmanager
+def _unless(b: Builder, condition: Val | None) -> Iterator[None]:
+    if condition is None:
+        yield
+    else:
+        with b.if_(b.not_(condition)):
+            yield
 
 
-def _emit_micro(function: Function, t: Tiling, rows: int, panels: int, packed: bool, edge: bool) -> None:
-    b = function.builder
-    a, a_row, a_k, w, w_k, w_panel, c, ldc, depth, keep, columns = function.args
-    if packed:
-        a_row, a_k = const(1, I64), const(t.mr, I64)
-    ty = vec(t.lanes, F32)
-    spots = [(p, v) for p in range(panels) for v in range(t.vectors)]
-    masks = [b.lane_mask(b.sub(columns, v * t.lanes), t.lanes) for _, v in spots] if edge else []
-
-    def read(pointer: Val, spot: int) -> Val:
-        return b.masked_load(pointer, ty, masks[spot]) if edge else b.load(pointer, ty)
-
-    outputs = [[b.gep(b.gep(c, b.mul(ldc, row), F32), p * t.nr + v * t.lanes, F32) for p, v in spots]
-               for row in range(rows)]
-    with b.if_(keep) as branch:
-        branch.give([read(at, spot) for line in outputs for spot, at in enumerate(line)])
-    with branch.else_():
-        branch.give([const(0.0, ty)] * (rows * len(spots)))
-    a_rows = [b.gep(a, b.mul(a_row, row), F32) for row in range(rows)]
-    w_rows = [b.gep(b.gep(w, b.mul(w_panel, p), F32), v * t.lanes, F32) for p, v in spots]
-    with b.for_(0, depth, carry=branch.results) as loop:
-        at_a, at_w = b.mul(loop.i, a_k), b.mul(loop.i, w_k)
-        ws = [read(b.gep(pointer, at_w, F32), spot) for spot, pointer in enumerate(w_rows)]
-        sums: list[Val] = []
-        for row in range(rows):
-            x = b.splat(b.load(b.gep(a_rows[row], at_a, F32), F32), t.lanes)
-            sums += [b.fma(x, y, loop.carry[row * len(spots) + spot]) for spot, y in enumerate(ws)]
-        loop.next(sums)
-    for i, total in enumerate(loop.results):
-        row, spot = divmod(i, len(spots))
-        if edge:
-            b.masked_store(total, outputs[row][spot], masks[spot])
-        else:
-            b.store(total, outputs[row][spot])
-    b.ret()
+def _share(b: Builder, size: Val, most: int, unit: int) -> Val:
+    """`size` cut into equal blocks of at most `most`, rounded up to a multiple of `unit` (a divisor of `most`)."""
+    blocks = b.max(b.ceil_div(size, most), 1)
+    each = b.udiv(b.add(size, b.sub(blocks, 1)), blocks)
+    return b.max(b.mul(b.ceil_div(each, unit), unit), unit)

@@ -39,7 +39,7 @@ class Dot:
     shift: int = 0
 
 
-_F32 = Dot(name="f32", pack=1, element=F32, unit=F32, total=F32)
+F32_CHAIN = Dot(name="f32", pack=1, element=F32, unit=F32, total=F32)
 _BF16_PAIR = Dot(name="bf16x2", pack=2, element=I16, unit=I32, total=F32)
 _INT16_PAIR = Dot(name="i16x2", pack=2, element=I16, unit=I32, total=I32)
 _UINT8_QUAD = Dot(name="u8x4", pack=4, element=I8, unit=I32, total=I32)
@@ -53,7 +53,7 @@ def dot_unit(left: DType, right: DType, target: Target) -> Dot | None:
     operands add pairs as that instruction does. Integer sums are exact modulo 2**32.
     """
     if left.is_float and right.is_float and max(left.bits, right.bits) <= 32:
-        return _BF16_PAIR if left.name == right.name == "bf16" and target.has_avx512bf16 else _F32
+        return _BF16_PAIR if left.name == right.name == "bf16" and target.has_avx512bf16 else F32_CHAIN
     if left.is_int and right.is_int and max(left.bits, right.bits) <= 8:
         if target.has_vnni and right.kind == "int":
             return _INT8_QUAD if left.kind == "int" else _UINT8_QUAD

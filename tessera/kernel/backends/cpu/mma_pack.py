@@ -1,17 +1,24 @@
-"""Packing of matmul operands into panels, with fast transposes for operands that run along k.
+"""Packing of matmul operands, with fast transposes for operands that run along k.
 
-In: a `Source`, an operand that is read a vector at a time. Out: panels [K][width], `width` lanes side by side for
-each k, zero where a ragged panel has no lane. Called by `mma.py` and its siblings.
+In: a `Source`, an operand that is read a vector at a time. Out, in 32-bit units (`mma_dot.py`) of some k each:
+    panels      [ceil(lanes / width)][pitch][width]: `width` lanes side by side for each unit
+    rows        [lanes][pitch]: each lane's units one after the other
+Behind the last k a unit is filled up with zeros. Lanes that fill up the last panel hold anything: nobody reads what
+is computed from them. Called by `mma.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from tessera.kernel.backends.cpu.emit import F32, Builder, Val, const, elem, lanes, vec
+from tessera.kernel.backends.cpu.emit import F32, I64, Builder, Val, bits, const, elem, lanes, vec
+from tessera.kernel.backends.cpu.mma_dot import Dot
 
 Read = Callable[[Val, Val, int, bool], Val]
+UNIT = 4  # bytes
+_LINE = 64  # bytes of the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +27,9 @@ class Source:
 
     Attributes:
         read: read(lane, k, count, along_k) gives `count` elements that follow (lane, k) along k or along the lanes
-            (a scalar when `count` is 0). It must not branch. Indices are i64 and in bounds.
+            (a scalar when `count` is 0), as the dot's `element`. It must not branch. Indices are i64 and in bounds.
         along_k: the direction that is contiguous in memory; reads of vectors go along it. None: only scalars.
-        direct: (pointer, lane stride, k stride) in elements where the operand lies in memory in the type that the
-            kernel takes, so that it may be read in place.
+        direct: (pointer, lane stride, k stride) in elements where the operand lies in memory as the dot's elements.
     """
 
     read: Read
@@ -42,45 +48,119 @@ def strided(b: Builder, pointer: Val, lane_stride: Val, k_stride: Val, ty: str =
     return Source(read=read, along_k=along_k, direct=(pointer, lane_stride, k_stride))
 
 
-def pack_panel(b: Builder, source: Source, vector: int, width: int, lane: Val, count: Val, start: Val, depth: Val,
-               out: Val, ty: str = F32) -> None:
-    """Pack `count` <= `width` lanes from `lane` on and `depth` steps of k from `start` on into one panel.
-
-    Up to `vector` elements behind the panel may be overwritten (they belong to a panel that is packed later).
-    """
-    with b.if_(b.cmp("eq", count, width), likely=True) as branch:
-        if source.along_k is None:
-            _pack_scalars(b, source, width, lane, const(width, "i64"), start, depth, out, ty)
-        elif source.along_k:
-            _pack_transposed(b, source, vector, width, lane, start, depth, out, ty)
-        else:
-            with b.for_(0, depth) as step:
-                row = b.gep(out, b.mul(step.i, width), ty)
-                for first, size in pieces(width, vector):
-                    x = source.read(b.add(lane, first), b.add(start, step.i), size, False)
-                    b.store(x, b.gep(row, first, ty))
-    with branch.else_():
-        _pack_scalars(b, source, width, lane, count, start, depth, out, ty)
+def pack_rows(b: Builder, dot: Dot, source: Source, vector: int, lane: Val, count: Val, start: Val, depth: Val,
+              out: Val, pitch: int) -> None:
+    """`count` lanes from `lane` on, `depth` steps of k from `start` on, as rows; `vector` units at a time."""
+    with b.for_(0, count) as row:
+        to, at = b.gep(out, b.mul(row.i, pitch * UNIT), "i8"), b.add(lane, row.i)
+        whole: Val = const(0, I64)
+        if source.along_k:
+            whole = b.and_(depth, -vector * dot.pack)
+            with b.for_(0, whole, vector * dot.pack) as step:
+                x = source.read(at, b.add(start, step.i), vector * dot.pack, True)
+                b.store(x, b.gep(to, step.i, dot.element))
+        with b.for_(whole, depth) as step:
+            b.store(source.read(at, b.add(start, step.i), 0, True), b.gep(to, step.i, dot.element))
+        _fill_up(b, dot, depth, lambda k: b.gep(to, k, dot.element))
 
 
-def pack_panels(b: Builder, source: Source, vector: int, width: int, lane: Val, count: Val, start: Val, depth: Val,
-                out: Val, ty: str = F32) -> None:
-    """Pack `count` lanes into as many panels as they need, one behind the other.
+def pack_panels(b: Builder, dot: Dot, source: Source, vector: int, width: int, lane: Val, count: Val, start: Val,
+                depth: Val, out: Val, pitch: Val) -> None:
+    """`count` lanes from `lane` on, `depth` steps of k from `start` on, as panels of `width` lanes by `pitch` units.
 
     An operand that runs along its lanes is read row by row, over all panels: a panel at a time would touch a
     page of memory for every few bytes.
     """
-    whole = b.mul(b.udiv(count, width), width) if source.along_k is False else const(0, "i64")
+    panels = _Panels(b, dot, source, vector, width, lane, start, depth, out, pitch)
+    if source.along_k:
+        with b.for_(0, count, width) as panel:
+            panels.transposed(panel.i, b.min(b.sub(count, panel.i), width))
+        return
+    whole: Val = const(0, I64)
     if source.along_k is False:
-        with b.for_(0, depth) as step:
-            k, row = b.add(start, step.i), b.gep(out, b.mul(step.i, width), ty)
-            with b.for_(0, whole, width) as panel:
-                to = b.gep(row, b.mul(panel.i, depth), ty)
-                for first, size in pieces(width, vector):
-                    b.store(source.read(b.add(lane, b.add(panel.i, first)), k, size, False), b.gep(to, first, ty))
+        whole = b.mul(b.udiv(count, width), width)
+        panels.interleaved(whole)
     with b.for_(whole, count, width) as panel:
-        pack_panel(b, source, vector, width, b.add(lane, panel.i), b.min(b.sub(count, panel.i), width), start, depth,
-                   b.gep(out, b.mul(panel.i, depth), ty), ty)
+        panels.scalars(panel.i, b.min(b.sub(count, panel.i), width), const(0, I64))
+
+
+@dataclass(frozen=True)
+class _Panels:
+    b: Builder
+    dot: Dot
+    source: Source
+    vector: int
+    width: int
+    lane: Val
+    start: Val
+    depth: Val
+    out: Val
+    pitch: Val
+
+    def _at(self, panel: Val, unit: Val) -> Val:
+        """The address of a unit's first lane; `panel` is the first lane of a panel."""
+        b = self.b
+        return b.gep(self.out, b.add(b.mul(panel, self.pitch), b.mul(unit, self.width)), F32)
+
+    def transposed(self, panel: Val, count: Val) -> None:
+        """A cache line of each lane at a time, `vector` lanes after each other; a missing lane repeats the last one.
+
+        Lanes that lie a power of two apart share cache sets: a line that is not used up at once is read again.
+        """
+        b, vector, width = self.b, self.vector, self.width
+        run, last = vector * self.dot.pack, b.sub(count, 1)
+        lines = max(1, _LINE // (vector * UNIT))
+        whole = b.and_(self.depth, -run * lines)
+        with b.for_(0, whole, run * lines) as block:
+            to = self._at(panel, b.udiv(block.i, self.dot.pack))
+            for first, line in product(range(0, width, vector), range(lines)):
+                k = b.add(self.start, b.add(block.i, line * run))
+                rows = [self._read_units(b.add(self.lane, b.add(panel, b.min(const(first + j, I64), last))), k)
+                        for j in range(vector)]
+                for i, column in enumerate(transpose(b, rows)):
+                    b.store(column, b.gep(to, (line * vector + i) * width + first, F32))
+        self.scalars(panel, count, whole)
+
+    def interleaved(self, count: Val) -> None:
+        """`count` lanes (whole panels) of an operand that runs along them: a unit takes `pack` of its rows."""
+        b, dot = self.b, self.dot
+        with b.for_(0, b.udiv(self.depth, dot.pack)) as unit:
+            k = b.add(self.start, b.mul(unit.i, dot.pack))
+            with b.for_(0, count, self.width) as panel:
+                to = self._at(panel.i, unit.i)
+                for first, size in pieces(self.width, self.vector):
+                    at = b.add(self.lane, b.add(panel.i, first))
+                    rows = [self.source.read(at, b.add(k, j), size, False) for j in range(dot.pack)]
+                    b.store(interleave(b, rows), b.gep(to, first, F32))
+        if dot.pack > 1:
+            with b.for_(0, count, self.width) as panel:
+                self.scalars(panel.i, const(self.width, I64), b.and_(self.depth, -dot.pack))
+
+    def scalars(self, panel: Val, count: Val, first: Val) -> None:
+        """One element at a time, from k = `first` (a multiple of `pack`) on."""
+        b, dot = self.b, self.dot
+
+        def place(k: Val, lane: Val) -> Val:
+            unit = b.gep(self._at(panel, b.udiv(k, dot.pack)), lane, F32)
+            return b.gep(unit, b.urem(k, dot.pack), dot.element) if dot.pack > 1 else unit
+
+        with b.for_(first, self.depth) as step, b.for_(0, count) as j:
+            x = self.source.read(b.add(self.lane, b.add(panel, j.i)), b.add(self.start, step.i), 0, True)
+            b.store(x, place(step.i, j.i))
+        if dot.pack > 1:
+            with b.for_(0, count) as j:
+                _fill_up(b, dot, self.depth, lambda k: place(k, j.i))
+
+    def _read_units(self, lane: Val, k: Val) -> Val:
+        x = self.source.read(lane, k, self.vector * self.dot.pack, True)
+        return self.b.bitcast(x, vec(self.vector, self.dot.unit))
+
+
+def _fill_up(b: Builder, dot: Dot, depth: Val, place: Callable[[Val], Val]) -> None:
+    """Zeros behind the last k, to the end of its unit."""
+    if dot.pack > 1:
+        with b.for_(depth, b.mul(b.ceil_div(depth, dot.pack), dot.pack)) as k:
+            b.store(const(0, dot.element), place(k.i))
 
 
 def pieces(width: int, vector: int) -> list[tuple[int, int]]:
@@ -95,33 +175,18 @@ def pieces(width: int, vector: int) -> list[tuple[int, int]]:
     return found
 
 
-def _pack_scalars(b: Builder, source: Source, width: int, lane: Val, count: Val, start: Val, depth: Val, out: Val,
-                  ty: str) -> None:
-    with b.for_(0, depth) as step:
-        row = b.gep(out, b.mul(step.i, width), ty)
-        with b.for_(0, count) as j:
-            b.store(source.read(b.add(lane, j.i), b.add(start, step.i), 0, False), b.gep(row, j.i, ty))
-        with b.for_(count, width) as j:
-            b.store(const(0, ty), b.gep(row, j.i, ty))
+def interleave(b: Builder, rows: Sequence[Val]) -> Val:
+    """Element 0 of each row, then element 1 of each row, ...: one, two or four rows of the same type."""
+    if len(rows) == 1:
+        return rows[0]
+    if len(rows) == 4:
+        rows = [_as_pairs(b, interleave(b, rows[:2])), _as_pairs(b, interleave(b, rows[2:]))]
+    n = lanes(rows[0].ty)
+    return b.shuffle(rows[0], rows[1], [i for j in range(n) for i in (j, n + j)])
 
 
-def _pack_transposed(b: Builder, source: Source, vector: int, width: int, lane: Val, start: Val, depth: Val, out: Val,
-                     ty: str) -> None:
-    """`vector` steps of k at a time: a vector along k for each lane, then square transposes."""
-    whole = b.and_(depth, -vector)
-    with b.for_(0, whole, vector) as block:
-        base = b.gep(out, b.mul(block.i, width), ty)
-        for first in range(0, width, vector):
-            size = min(vector, width - first)
-            k = b.add(start, block.i)
-            rows = [source.read(b.add(lane, first + j), k, vector, True) for j in range(size)]
-            rows += [rows[-1]] * (vector - size)
-            for i, column in enumerate(transpose(b, rows)):
-                b.store(column, b.gep(base, i * width + first, ty))
-    with b.for_(whole, depth) as step:
-        row = b.gep(out, b.mul(step.i, width), ty)
-        with b.for_(0, width) as j:
-            b.store(source.read(b.add(lane, j.i), b.add(start, step.i), 0, True), b.gep(row, j.i, ty))
+def _as_pairs(b: Builder, x: Val) -> Val:
+    return b.bitcast(x, vec(lanes(x.ty) // 2, f"i{2 * bits(x.ty)}"))
 
 
 def transpose(b: Builder, rows: Sequence[Val]) -> list[Val]:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from tessera.kernel.backends.cpu import mma
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory
 from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Builder, Function, Val, const, vec
+from tessera.kernel.backends.cpu.mma_dot import F32_CHAIN
+from tessera.kernel.backends.cpu.mma_micro import ladder
 from tessera.kernel.backends.cpu.mma_pack import Source, pack_panels
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Op
@@ -62,7 +64,7 @@ def multiply(ctx: Context, op: Op, a: Memory, w: Source, c: Memory, batch: tuple
 def _right(b: Builder, t: mma.Tiling, w: Source, n: Val, k: Val, scratch: Val) -> tuple[Val, ...]:
     """Where the right operand's panels are: (pointer, stride of k, stride of panels)."""
     def pack() -> tuple[Val, ...]:
-        pack_panels(b, w, t.lanes, t.nr, ZERO, n, ZERO, k, scratch)
+        pack_panels(b, F32_CHAIN, w, t.lanes, t.nr, ZERO, n, ZERO, k, scratch, k)
         return scratch, const(t.nr, I64), b.mul(k, t.nr)
 
     if w.direct is None or w.direct[1].const != 1:
@@ -107,7 +109,7 @@ def _product(function: Function, t: mma.Tiling, rest: int) -> None:
         with b.for_(0, whole, t.mr) as row:
             run(t.mr, row.i)
         done = whole
-        for size in mma.ladder(t.mr)[1:]:
+        for size in ladder(t.mr)[1:]:
             with b.if_(b.cmp("ge", b.sub(m, done), size)) as branch:
                 run(size, done)
                 branch.give([b.add(done, size)])
