@@ -76,7 +76,7 @@ class CastedEmbedding(nn.Module):
             self.weight, self.scale = ops.quantize_rows(weight, self.storage)
         else:
             self.weight, self.scale = weight.to(self.storage), torch.ones(weight.shape[0], device=weight.device)
-        self.max_error = _rounding_bound(weight, self.scale[:, None], self.storage).amax()
+        self.max_error = _largest(_rounding_bound(weight, self.scale[:, None], self.storage))
 
     def error_bound(self) -> float:
         """No entry of the stored table is further than this from the float table's."""
@@ -144,7 +144,7 @@ class CastedSparseEmbedding(nn.Module):
             columns=table.columns, scales=table.scales, shape=table.shape)
         scales = ones.to_dense()
         bound = torch.where(scales > 0, _rounding_bound(weight, scales, self.storage), weight.abs())
-        self.register_buffer("max_error", bound.amax() if bound.numel() else torch.zeros(()))
+        self.register_buffer("max_error", _largest(bound))
 
     @property
     def table(self) -> ops.BlockSparse:
@@ -165,6 +165,10 @@ def _weight(table: Tensor | nn.Module) -> Tensor:
     weight = table if isinstance(table, Tensor) else table.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def _largest(bound: Tensor) -> Tensor:
+    return bound.amax() if bound.numel() else bound.new_zeros(())
 
 
 def _rounding_bound(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

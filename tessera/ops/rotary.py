@@ -305,8 +305,9 @@ def _check(x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | Non
 def _rotate(
     x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, direction: float, out_BSHD: Tensor,
 ) -> None:
-    if rows_CS is None and cos_TR.shape[0] != x_BSHD.shape[1]:
-        raise LaunchError("a row a token")  # `_check` says it better
+    fits = cos_TR.shape[0] == x_BSHD.shape[1] if rows_CS is None else rows_CS.shape[0] in (1, x_BSHD.shape[0])
+    if not fits:
+        _check(x_BSHD, cos_TR, sin_TR, rows_CS)
     rope_kernel(x_BSHD, cos_TR, sin_TR, out_BSHD, rows_CS, direction)
 
 

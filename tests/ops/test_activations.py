@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.checks import DTYPES, check_against_float64, check_compiled, layouts, normal
 
 from tessera import ops
 from tessera.errors import InputError, ShapeError
 from tessera.ops import activations, mlp
+from tests.ops.checks import DTYPES, check_against_float64, check_compiled, layouts, normal
 
 SHAPES = [(1,), (7,), (5, 33), (2, 3, 64), (2, 1, 3, 40), (0, 8), (3, 0), (4100,)]
 FORMULAS = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.checks import DTYPES, check_against_float64, check_compiled, layouts, normal
 
 from tessera import ops
 from tessera.errors import ShapeError
 from tessera.ops import norm
+from tests.ops.checks import DTYPES, check_against_float64, check_compiled, layouts, normal
 
 SHAPES = [(1,), (7,), (3, 1), (5, 33), (2, 3, 64), (2, 1, 3, 40), (70, 100), (130, 17), (0, 8), (2, 0, 8)]
 EPS = 1e-5
