@@ -42,7 +42,9 @@ def run(targets: Sequence[str], *, as_json: bool) -> int:
 
 def _lines(finding: Finding) -> list[str]:
     place = f"{finding.file}:{finding.line}" + (f":{finding.column}" if finding.column else "")
-    lines = [f"{place}: {'error' if finding.is_error else 'note'}: {finding.message}"]
+    if not finding.is_error:
+        return [f"{place}: note: {finding.message}"]
+    lines = [f"{place}: error: {finding.message}"]
     source = finding.source
     if source.strip():
         lead = len(source) - len(source.lstrip())

@@ -109,22 +109,28 @@ def try_function(function: Callable[..., Any], signature: Signature, owner: type
     Raises:
         NoValue: an argument cannot be made up.
     """
-    for variant in _variants(signature):
-        failure = _try_variant(function, signature, owner, variant)
-        if failure is not None:
-            return failure
+    for alternatives in _variants(signature, is_method=owner is not None):
+        failures = [_try_variant(function, signature, owner, variant) for variant in alternatives]
+        if all(failures):
+            return failures[0]
     return None
 
 
-def _variants(signature: Signature) -> list[_Variant]:
-    """Unions at their last member (None where there is one), then every other member and flag by itself."""
+def _variants(signature: Signature, is_method: bool) -> list[list[_Variant]]:
+    """Unions at None, or at their first member; then every other member and flag by itself. Of each list, one must
+    run: which kind of tensor a method takes may depend on its object."""
     unions = {p.name: p.spec.members for p in signature.parameters if isinstance(p.spec, UnionSpec)}
     base = {name: members.index(None) if None in members else 0 for name, members in unions.items()}
-    variants = [_Variant(base, {})]
-    variants += [_Variant({**base, name: i}, {}) for name, members in unions.items()
-                 for i, member in enumerate(members) if i != base[name] and not isinstance(member, type)]
-    variants += [_Variant(base, {p.name: not p.default}) for p in signature.parameters if isinstance(p.default, bool)]
-    return variants
+    variants = [[_Variant(base, {})]]
+    for name, members in unions.items():
+        others = [_Variant({**base, name: i}, {}) for i, member in enumerate(members)
+                  if i != base[name] and not isinstance(member, type)]
+        if is_method and None not in members:
+            variants[0] += others
+        else:
+            variants += [others] if is_method else [[variant] for variant in others]
+    flags = [p for p in signature.parameters if isinstance(p.default, bool)]
+    return variants + [[_Variant(base, {p.name: not p.default})] for p in flags]
 
 
 def _try_variant(function: Callable[..., Any], signature: Signature, owner: type | None, variant: _Variant,
@@ -208,16 +214,29 @@ def _run(function: Callable[..., Any], signature: Signature, owner: type | None,
          dtypes: Mapping[int, torch.dtype]) -> Failure | None:
     maker = _Maker(signature, variant, sizes, dtypes)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        instance = _instance(owner, maker) if owner is not None else None
+        instance, problem = (None, None) if owner is None else _instance(owner, maker)
         args, kwargs = maker.arguments(instance)
         try:
             function(*args, **kwargs)
         except Exception as error:
+            if problem is not None and isinstance(error, AttributeError):
+                raise problem from None
             return Failure(error, sizes, maker.invented)
     return None
 
 
-def _instance(owner: type, maker: _Maker) -> Any:
+def _instance(owner: type, maker: _Maker) -> tuple[Any, NoValue | None]:
+    """An object of the class, and why it is bare: a method that reads nothing of it runs all the same."""
+    try:
+        return _constructed(owner, maker), None
+    except NoValue as problem:
+        instance: Any = object.__new__(owner)
+        if isinstance(instance, torch.nn.Module):
+            torch.nn.Module.__init__(instance)
+        return instance, problem
+
+
+def _constructed(owner: type, maker: _Maker) -> Any:
     parameters = [p for p in inspect.signature(owner).parameters.values()
                   if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     try:
