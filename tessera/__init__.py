@@ -42,11 +42,11 @@ _PUBLIC: dict[str, str] = {
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
 }
 _SUBMODULES = (
-    "types", "errors", "env", "kernel", "function", "ops", "nn", "dist", "models", "data", "checkpoint", "infer",
+    "types", "errors", "env", "kernel", "function", "ops", "op", "nn", "dist", "models", "data", "checkpoint", "infer",
     "plan")
 _ALIASES = {"tile": "tessera.kernel.lang", "tokenizer": "tessera.data.tokenizer", "hub": "tessera.models.hub",
             "distributed": "tessera.dist", "profile": "tessera.kernel.profile", "graph": "tessera.kernel.graph",
-            "stable": "tessera.function.stable", "op": "tessera.ops", "quantization": "tessera.ops.quantize"}
+            "stable": "tessera.function.stable", "quantization": "tessera.ops.quantize"}
 
 __all__ = sorted([*_PUBLIC, *_SUBMODULES, *_ALIASES])
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("function",),
     ("ops",),
     ("nn", "dist"),
+    ("op",),
     ("models", "data", "checkpoint"),
     ("train", "infer", "plan"),
     ("serve",),

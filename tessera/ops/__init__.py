@@ -1,5 +1,10 @@
 """Operations of decoder-only transformers: pure functions on tensors, one file each."""
 
+import sys
+from typing import Any
+
+from torch import Tensor
+
 from tessera.ops.activations import ACTIVATIONS, gelu, gelu_tanh, relu, relu2, silu, softcap, swish
 from tessera.ops.attention import Mask, attention, grouped_query_attention, make_mask, multi_query_attention
 from tessera.ops.chunked_attention import chunked_attention
@@ -28,7 +33,7 @@ from tessera.ops.metric_losses import (
     stable_contrastive_loss,
     stable_max_margin_loss,
 )
-from tessera.ops.mlp import gated, gated_packed, swiglu, swiglu_memory_efficient, swiglu_packed
+from tessera.ops.mlp import fused_mlp, gated, gated_packed, swiglu, swiglu_memory_efficient, swiglu_packed
 from tessera.ops.norm import add_rms_norm, layer_norm, rms_norm, sharded_rms_norm, stable_rms_norm
 from tessera.ops.paged_attention import paged_attention
 from tessera.ops.positions import (
@@ -55,18 +60,28 @@ from tessera.ops.rotary import RopeScaling, rope_frequencies, rope_tables, rotar
 from tessera.ops.softmax import l2_normalize, log_softmax, log_softmax_stable, masked_mean, softmax, softmax_safe
 from tessera.ops.tensors import cast, gather, split_heads
 
+rmsnorm = rms_norm  # as some documents spell it
+
 __all__ = [
     "ACTIVATIONS", "MAX_FEW_ROWS", "BlockSparse", "Mask", "Quantized", "RopeScaling", "add", "add_rms_norm",
     "alibi_bias", "alibi_slopes", "apply_rotary_pos_emb", "attention", "cast", "casted_embedding", "casted_linear",
     "casted_sparse_embedding", "chunked_attention", "contrastive_loss", "cos_sin_embedding", "cross_entropy",
     "cross_entropy_safe", "dequantize", "dequantize_rows", "dynamic_rope", "embedding", "even_blocks",
-    "fake_quantize_rows", "flash_attention", "fused_softmax_cross_entropy", "gated", "gated_packed", "gather", "gelu",
-    "gelu_tanh", "gemm", "grouped_query_attention", "implementation", "int8_linear", "is_invariant", "is_quantized",
-    "l2_normalize", "layer_norm", "linear", "linear_cross_entropy", "log_softmax", "log_softmax_stable", "make_mask",
-    "masked_mean", "matmul", "max_margin_loss", "mul_fp8", "multi_query_attention", "paged_attention", "quantize",
-    "quantize_rows", "quantized_matmul", "relu", "relu2", "rms_norm", "rope_frequencies", "rope_tables", "rotary",
-    "rotary_", "rotary_embedding", "sharded_rms_norm", "silu", "softcap", "softmax", "softmax_cross_entropy",
-    "softmax_safe", "split_heads", "stable_contrastive_loss", "stable_cross_entropy", "stable_max_margin_loss",
-    "stable_rms_norm", "swiglu", "swiglu_memory_efficient", "swiglu_packed", "swish", "swish_fp8", "to_block_sparse",
-    "vocab_parallel_cross_entropy", "wants_reference",
+    "fake_quantize_rows", "flash_attention", "fused_mlp", "fused_softmax_cross_entropy", "gated", "gated_packed",
+    "gather", "gelu", "gelu_tanh", "gemm", "grouped_query_attention", "implementation", "int8_linear", "is_invariant",
+    "is_quantized", "l2_normalize", "layer_norm", "linear", "linear_cross_entropy", "log_softmax", "log_softmax_stable",
+    "make_mask", "masked_mean", "matmul", "max_margin_loss", "mul_fp8", "multi_query_attention", "paged_attention",
+    "quantize", "quantize_rows", "quantized_matmul", "relu", "relu2", "ring_attention", "rms_norm",
+    "rmsnorm", "rope_frequencies", "rope_tables", "rotary", "rotary_", "rotary_embedding", "sharded_rms_norm", "silu",
+    "softcap", "softmax", "softmax_cross_entropy", "softmax_safe", "split_heads", "stable_contrastive_loss",
+    "stable_cross_entropy", "stable_max_margin_loss", "stable_rms_norm", "swiglu", "swiglu_memory_efficient",
+    "swiglu_packed", "swish", "swish_fp8", "to_block_sparse", "vocab_parallel_cross_entropy",
+    "wants_reference",
 ]
+
+
+def ring_attention(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mesh: Any = None, **options: Any) -> Tensor:
+    """`dist.ring_attention`, under the documents' name: attention over a sequence spread over a mesh."""
+    # The mesh stands above this layer, so that the name is looked up in the public facade, and only when called.
+    result: Tensor = sys.modules["tessera"].dist.ring_attention(q_BHSD, k_BKSD, v_BKSD, mesh, **options)
+    return result

@@ -96,6 +96,26 @@ def swiglu(*tensors: Tensor, beta: float = 1.0) -> Tensor:
     return gated(x @ w_gate, x @ w_up, "silu", beta) @ w_down
 
 
+def fused_mlp(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, activation: str = "silu") -> Tensor:
+    """(activation(x gate) * (x up)) down: a whole gated MLP.
+
+    Args:
+        x: [..., D].
+        up, gate: [D, F].
+        down: [F, D].
+        activation: a name of `ACTIVATIONS`.
+
+    Returns:
+        [..., D].
+
+    Raises:
+        ShapeError: the weights do not fit.
+        InputError: an unknown activation.
+    """
+    _check_mlp((x, gate, up, down))
+    return gated(x @ gate, x @ up, activation) @ down
+
+
 def swiglu_packed(gate_up: Tensor, *, beta: float = 1.0) -> Tensor:
     """silu(gate) * up of the halves [gate, up] of the last dim; see `gated_packed`."""
     return gated_packed(gate_up, "silu", beta)

@@ -22,53 +22,54 @@ def _torch_dtype(dtype: AnyDType) -> torch.dtype | None:
     return None if dtype is None else dtype_of(dtype).torch
 
 
+def _made(make: Any, args: tuple[Any, ...], dtype: AnyDType, options: dict[str, Any], drawn: bool = False) -> Tensor:
+    """make(*args) in a dtype: through f32 where torch cannot make it, or draw it, in that dtype."""
+    wanted = _torch_dtype(dtype)
+    if wanted is None or wanted.itemsize > 1 or not (drawn or wanted.is_floating_point):
+        return make(*args, dtype=wanted, **options)
+    return cast(make(*args, dtype=torch.float32, **options), wanted)
+
+
 def zeros(*size: Any, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.zeros with any dtype."""
-    return torch.zeros(*size, dtype=_torch_dtype(dtype), **options)
+    return _made(torch.zeros, size, dtype, options)
 
 
 def ones(*size: Any, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.ones with any dtype."""
-    return torch.ones(*size, dtype=_torch_dtype(dtype), **options)
+    return _made(torch.ones, size, dtype, options)
 
 
 def full(size: Any, fill_value: Any, *, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.full with any dtype."""
-    return torch.full(size, fill_value, dtype=_torch_dtype(dtype), **options)
+    return _made(torch.full, (size, fill_value), dtype, options)
 
 
 def eye(n: int, m: int | None = None, *, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.eye with any dtype."""
-    return torch.eye(n, n if m is None else m, dtype=_torch_dtype(dtype), **options)
+    return _made(torch.eye, (n, n if m is None else m), dtype, options)
 
 
 def arange(*bounds: Any, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.arange with any dtype."""
-    return torch.arange(*bounds, dtype=_torch_dtype(dtype), **options)
+    return _made(torch.arange, bounds, dtype, options)
 
 
 def tensor(data: Any, *, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.tensor with any dtype; a tensor is copied, without its graph."""
     if isinstance(data, Tensor):
-        return data.detach().clone().to(_torch_dtype(dtype) or data.dtype)
-    return torch.tensor(data, dtype=_torch_dtype(dtype), **options)
+        return cast(data.detach().clone(), dtype or data.dtype)
+    return _made(torch.tensor, (data,), dtype, options)
 
 
 def rand(*size: Any, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.rand; 8-bit types are drawn in f32 and rounded."""
-    return _drawn(torch.rand, size, dtype, options)
+    return _made(torch.rand, size, dtype, options, drawn=True)
 
 
 def randn(*size: Any, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.randn; 8-bit types are drawn in f32 and rounded."""
-    return _drawn(torch.randn, size, dtype, options)
-
-
-def _drawn(draw: Any, size: Any, dtype: AnyDType, options: dict[str, Any]) -> Tensor:
-    wanted = _torch_dtype(dtype)
-    if wanted is None or (wanted.is_floating_point and wanted.itemsize > 1):
-        return draw(*size, dtype=wanted, **options)
-    return cast(draw(*size, **options), wanted)
+    return _made(torch.randn, size, dtype, options, drawn=True)
 
 
 def cast(x: Tensor, dtype: AnyDType) -> Tensor:
