@@ -54,6 +54,7 @@ from tessera.ops.quantize import (
     quantize_rows,
 )
 from tessera.ops.quantized_linear import casted_linear, int8_linear, mul_fp8, quantized_matmul, swish_fp8
+from tessera.ops.quantized_mlp import quantize_swiglu, swiglu_quantized
 from tessera.ops.registration import implementation, wants_reference
 from tessera.ops.residual import add
 from tessera.ops.rotary import RopeScaling, rope_frequencies, rope_tables, rotary, rotary_
@@ -71,11 +72,11 @@ __all__ = [
     "gather", "gelu", "gelu_tanh", "gemm", "grouped_query_attention", "implementation", "int8_linear", "is_invariant",
     "is_quantized", "l2_normalize", "layer_norm", "linear", "linear_cross_entropy", "log_softmax", "log_softmax_stable",
     "make_mask", "masked_mean", "matmul", "max_margin_loss", "mul_fp8", "multi_query_attention", "paged_attention",
-    "quantize", "quantize_rows", "quantized_matmul", "relu", "relu2", "ring_attention", "rms_norm",
+    "quantize", "quantize_rows", "quantize_swiglu", "quantized_matmul", "relu", "relu2", "ring_attention", "rms_norm",
     "rmsnorm", "rope_frequencies", "rope_tables", "rotary", "rotary_", "rotary_embedding", "sharded_rms_norm", "silu",
     "softcap", "softmax", "softmax_cross_entropy", "softmax_safe", "split_heads", "stable_contrastive_loss",
     "stable_cross_entropy", "stable_max_margin_loss", "stable_rms_norm", "swiglu", "swiglu_memory_efficient",
-    "swiglu_packed", "swish", "swish_fp8", "to_block_sparse", "vocab_parallel_cross_entropy",
+    "swiglu_packed", "swiglu_quantized", "swish", "swish_fp8", "to_block_sparse", "vocab_parallel_cross_entropy",
     "wants_reference",
 ]
 
