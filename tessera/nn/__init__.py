@@ -10,6 +10,7 @@ from tessera.nn.fused_layer import FusedTransformerLayer
 from tessera.nn.kv_cache import KVCache, StepCache
 from tessera.nn.layers import Embedding, LayerNorm, Linear, RMSNorm
 from tessera.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
+from tessera.nn.memory_efficient import MemoryEfficientAttention
 from tessera.nn.mlp import MLP
 from tessera.nn.parameter import Parameter
 from tessera.nn.quantized import CastedLinear, Int8Linear
@@ -22,7 +23,7 @@ from tessera.ops.softmax import l2_normalize, log_softmax_stable, softmax_safe
 __all__ = [
     "MLP", "Attention", "Block", "Buffer", "CastedEmbedding", "CastedLinear", "CastedSparseEmbedding",
     "CrossEntropyLoss", "Embedding", "FusedTransformerLayer", "Int8Linear", "KVCache", "LayerNorm",
-    "LearnedPositionalEmbedding", "Linear", "LinearCrossEntropyLoss", "Module", "ModuleList", "Parameter", "RMSNorm",
-    "StepCache", "cross_entropy_safe", "embedding", "l2_normalize", "log_softmax_stable", "quantized_matmul",
-    "softmax_safe", "swish", "swish_fp8", "utils",
+    "LearnedPositionalEmbedding", "Linear", "LinearCrossEntropyLoss", "MemoryEfficientAttention", "Module",
+    "ModuleList", "Parameter", "RMSNorm", "StepCache", "cross_entropy_safe", "embedding", "l2_normalize",
+    "log_softmax_stable", "quantized_matmul", "softmax_safe", "swish", "swish_fp8", "utils",
 ]
