@@ -89,18 +89,22 @@ def source_of(function: types.FunctionType) -> Source:
 
 def _parse(function: types.FunctionType) -> tuple[ast.FunctionDef, str, int, list[str]]:
     try:
-        lines, first = inspect.getsourcelines(function)
         file = inspect.getsourcefile(function) or function.__code__.co_filename
+        whole, first = inspect.findsource(inspect.unwrap(function))
+        rest, first = whole[first:], first + 1
+        try:
+            # What inspect.getsourcelines does, without its tokenizer, which takes longer than the parser.
+            lines = rest[:_block_length(rest)]
+            tree = _parse_lines(lines)
+        except SyntaxError:
+            lines = inspect.getblock(rest)
+            tree = _parse_lines(lines)
     except (OSError, TypeError):
         raise CompileError(f"kernel {function.__name__}: its source cannot be read; define it in a file") from None
-    indented = lines[0][:1].isspace()
-    text = "".join(["if 1:\n", *lines]) if indented else "".join(lines)
-    try:
-        tree = ast.parse(text)
     except SyntaxError as error:
         raise CompileError(f"kernel {function.__name__}: its source does not parse on its own: {error.msg}") from None
     body = tree.body
-    if indented and isinstance(body[0], ast.If):
+    if lines[0][:1].isspace() and isinstance(body[0], ast.If):
         body = body[0].body
         for node in ast.walk(body[0]):
             if hasattr(node, "lineno"):
@@ -109,3 +113,29 @@ def _parse(function: types.FunctionType) -> tuple[ast.FunctionDef, str, int, lis
     if not isinstance(body[0], ast.FunctionDef):
         raise CompileError(f"kernel {function.__name__}: expected a plain def; got {type(body[0]).__name__}")
     return body[0], file, first, lines
+
+
+def _block_length(lines: list[str]) -> int:
+    """How many lines the function that starts at the first one has, by their indentation.
+
+    Where a line inside of brackets or of a text stands to the left of the function, the lines up to it do not parse.
+    """
+    margin = len(lines[0]) - len(lines[0].lstrip())
+    defined = False
+    length = len(lines)
+    for number, line in enumerate(lines):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        inside = len(line) - len(line.lstrip()) > margin
+        if defined and not inside and text[0] not in ")]}":
+            length = number
+            break
+        defined = defined or text.startswith(("def ", "async def "))
+    while not lines[length - 1].strip() or lines[length - 1].lstrip().startswith("#"):
+        length -= 1
+    return length
+
+
+def _parse_lines(lines: list[str]) -> ast.Module:
+    return ast.parse("".join(["if 1:\n", *lines] if lines[0][:1].isspace() else lines))
