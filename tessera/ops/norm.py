@@ -135,7 +135,7 @@ def sharded_rms_norm(
         x: [..., this rank's part of D].
         weight: [this rank's part of D].
         width: D.
-        reduce: the sum of all ranks' tensors, differentiable; f32 [..., 1] is given.
+        reduce: the sum of all ranks' tensors, differentiable; f64 [..., 1] is given, in which no square overflows.
         eps: added to the mean square.
 
     Returns:
@@ -143,8 +143,9 @@ def sharded_rms_norm(
     """
     _check_vector(x, weight=weight)
     wide = widen(x)
-    total = reduce(wide.square().sum(-1, keepdim=True))
-    return (wide * torch.rsqrt(total / width + eps) * widen(weight)).to(x.dtype)
+    total = reduce(torch.linalg.vector_norm(wide, dim=-1, keepdim=True, dtype=torch.float64).square())
+    scale = torch.rsqrt(total / width + eps).to(wide.dtype)
+    return (wide * scale * widen(weight)).to(x.dtype)
 
 
 # -- checks -----------------------------------------------------------------------------------------
