@@ -92,26 +92,41 @@ def run_elements(memory: Memory) -> int:
 
 def load_across(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int, lanes: int,
                 mask: Val | None) -> Val | None:
-    """Elements of `lanes` neighbouring rows along `axis`, as registers; None where rows are not read along a step.
+    """Elements of `lanes` neighbouring rows along `axis`, as registers; None where a gather has to do.
 
     Args:
         mask: selects the first rows; others are not read.
     """
     size, run = run_elements(memory), _unit_axis(memory, axis)
-    at = None if run is None else indices[run]
-    if run is None or not isinstance(at, Step) or not size or lanes % UNITS or at.factor % size:
+    if run is None or not size or lanes % UNITS:
         return None
+    at, key = indices[run], _row_key(memory, indices, run, axis, lanes, mask)
+    if not isinstance(at, Step) or at.factor % size:
+        return _one_by_one(ctx, memory, at, key, lanes) if memory.dtype != int4 else None
     offset = at.offset % size
     start = step(ctx, at.root, at.factor, at.offset - offset)
-    key = ("run", *_row_key(memory, indices, run, axis, lanes, mask), start.name)
+    key = ("run", *key, start.name)
     if ctx.lookup((*key, 0)) is None:
         rows = _rows(ctx, memory, indices, run, axis, lanes, mask)
-        ahead = (at.offset - offset) * memory.dtype.bits // 8 % LINE == 0
-        for number, unit in enumerate(_units(ctx, memory, rows, start, ctx.rows_ahead if ahead else 0, axis)):
+        if ctx.rows_ahead and (at.offset - offset) * memory.dtype.bits // 8 % LINE == 0:
+            _read_ahead(ctx, memory, rows, at, start, memory.strides[axis])
+        for number, unit in enumerate(_units(ctx, memory, rows, start)):
             ctx.remember((*key, number), unit)
     unit = ctx.lookup((*key, offset * UNITS // size))
     assert unit is not None
     return _element(ctx.b, unit, memory, offset % (size // UNITS))
+
+
+def _one_by_one(ctx: Context, memory: Memory, at: Val, key: tuple, lanes: int) -> Val | None:
+    """A vector put together from rows whose addresses are known, else None."""
+    b, ty = ctx.b, storage_type(memory.dtype)
+    rows = [ctx.lookup(("rows", *key, lane)) for lane in range(lanes)]
+    vector = Val("poison", emit.vec(lanes, ty))
+    for lane, row in enumerate(rows):
+        if row is None:
+            return None
+        vector = b.insert(vector, b.load(_behind(b, row, at, memory), ty), lane)
+    return from_storage(b, vector, memory.dtype)
 
 
 def find_rows(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int, lanes: int, mask: Val | None) -> None:
@@ -146,15 +161,22 @@ def _rows(ctx: Context, memory: Memory, indices: Sequence[Val], run: int, axis: 
     return [pointer for pointer in found if pointer is not None]
 
 
-def _units(ctx: Context, memory: Memory, rows: Sequence[Val], start: Val, ahead: int, axis: int) -> list[Val]:
+def _read_ahead(ctx: Context, memory: Memory, rows: Sequence[Val], at: Step, start: Val, stride: Val) -> None:
+    """Ask for the same part of the rows that come next: one cache line each, though a block may be shorter."""
+    b = ctx.b
+    turns = min(len(rows), max(1, LINE * 8 // (at.factor * memory.dtype.bits)))
+    distance = b.mul(stride, ctx.rows_ahead)
+    if turns > 1:  # as many blocks share a line: each asks for some of the rows
+        distance = b.add(distance, b.mul(stride, b.and_(at.root, turns - 1)))
+    place = _behind(b, _behind(b, rows[0], start, memory), distance, memory)
+    for row in range(0, len(rows), turns):
+        b.prefetch(_behind(b, place, b.mul(stride, row), memory), locality=2)
+
+
+def _units(ctx: Context, memory: Memory, rows: Sequence[Val], start: Val) -> list[Val]:
     """Runs of rows as UNITS vectors of i32: vector u has unit u of each row."""
     b = ctx.b
-    runs = []
-    for row in rows:
-        at = _behind(b, row, start, memory)
-        if ahead:
-            b.prefetch(_behind(b, at, b.mul(memory.strides[axis], ahead), memory), locality=2)
-        runs.append(b.load(at, emit.vec(UNITS, I32), align=1))
+    runs = [b.load(_behind(b, row, start, memory), emit.vec(UNITS, I32), align=1) for row in rows]
     parts = range(len(rows) // UNITS)
     # Part p of the vector i is row 4p + i, so that transposing inside the parts puts rows in order.
     return transpose_parts(b, [b.concat([runs[UNITS * p + i] for p in parts]) for i in range(UNITS)])
