@@ -116,7 +116,8 @@ def _modules(target: str, report: Report) -> Iterator[types.ModuleType]:
         if not path.is_file():
             raise NotFoundError(f"target: {target!r} given; expected a Python file or a module's name")
         with _reported(str(path.resolve()), report):
-            yield _import_file(path.resolve())
+            name = _name_in_package(path.resolve())
+            yield importlib.import_module(name) if name else _import_file(path.resolve())
         return
     try:
         spec = importlib.util.find_spec(target)
@@ -131,6 +132,23 @@ def _modules(target: str, report: Report) -> Iterator[types.ModuleType]:
     for name in names:
         with _reported(spec.origin or target, report):
             yield importlib.import_module(name)
+
+
+def _name_in_package(path: Path) -> str | None:
+    """The name under which a file of an importable package is imported; None of any other file."""
+    parts = [path.stem] if path.stem != "__init__" else []
+    folder = path.parent
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    name = ".".join(parts)
+    if folder == path.parent or not parts:
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return name if spec is not None and spec.origin and Path(spec.origin).resolve() == path else None
 
 
 def _import_file(path: Path) -> types.ModuleType:

@@ -7,7 +7,9 @@ between the checks and the body, so that nothing is checked twice, whatever the 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -92,6 +94,13 @@ def signature_of(function: Any) -> Signature | None:
 
 
 def _names_in_scope() -> Mapping[str, Any]:
-    """The locals of the scope that defines the function: what its text annotations may name."""
+    """The locals of the scope that defines the function, and around a class body those of the function that it is in:
+    what text annotations may name beside globals and closure."""
     frame = caller_frame()
-    return {} if frame is None else frame.f_locals
+    scopes: list[Mapping[str, Any]] = []
+    while frame is not None:
+        scopes.append(frame.f_locals)
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED or frame.f_code.co_name == "<module>":
+            break
+        frame = frame.f_back
+    return ChainMap(*scopes)  # type: ignore[arg-type]

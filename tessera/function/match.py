@@ -31,7 +31,7 @@ from tessera.kernel.signature import solve
 from tessera.types import int4
 
 NO_RESULT = object()
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = Path(__file__).parent
 GENERATED = "<checks of "  # how the file names of generated code begin
 _MOST_READINGS = 64  # of a call with several unions
 
@@ -265,11 +265,10 @@ def _said(name: str, sizes: Mapping[str, int], origins: Mapping[str, _Axis]) -> 
 
 def caller_frame() -> FrameType | None:
     """The innermost frame that is neither ours nor torch's."""
-    torch_package = str(Path(torch.__file__).parent)
+    ours = (str(_PACKAGE), str(_PACKAGE.parent / "callable.py"), str(Path(torch.__file__).parent), GENERATED)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_PACKAGE, torch_package, GENERATED)):
+        if not frame.f_code.co_filename.startswith(ours):
             return frame
         frame = frame.f_back
     return None

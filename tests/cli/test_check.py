@@ -373,6 +373,8 @@ def test_modules_packages_and_imported_names(tmp_path, tessera, monkeypatch) -> 
     code, out, _ = tessera("check", "checked_pkg")
     assert code == 1 and out.endswith("checked 2 functions and 0 kernels: 1 error\n")
     assert tessera("check", package / "right.py", "checked_pkg.wrong")[0] == 1
+    (package / "relative.py").write_text(HEAD + "from .right import f\n" + textwrap.dedent(RIGHT["modules"]))
+    assert tessera("check", package / "relative.py")[:2] == (0, "checked 2 functions and 0 kernels: 0 errors\n")
 
 
 @pytest.mark.parametrize("target", ["no_such_file.py", "no_such_module", "no.such.module", "."])

@@ -264,6 +264,22 @@ def test_methods() -> None:
             bad()
 
 
+def test_text_annotations_see_the_scopes_around_them() -> None:
+    half = ts.f16
+
+    class Outer:
+        other = ts.int8
+
+        @staticmethod
+        @ts.function
+        def method(x: Tensor["N", half], y: Tensor["N", other]):
+            return True
+
+    assert Outer.method(t(2, dtype=torch.float16), t(2, dtype=torch.int8))
+    with pytest.raises(ShapeError, match=r"expected torch\.int8"):
+        Outer.method(t(2, dtype=torch.float16), t(2))
+
+
 def test_above_decorators_of_others() -> None:
     @ts.function
     @torch.no_grad()
