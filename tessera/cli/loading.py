@@ -20,6 +20,7 @@ from tessera.data.tokenizer import Tokenizer, load_tokenizer
 from tessera.infer.engine import GPTInference
 from tessera.models import hub
 from tessera.models.load import load_model
+from tessera.ops.linear import has_products_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,10 +68,8 @@ def load(options: ModelOptions) -> Session:
 
 
 def fastest_dtype() -> str:
-    """bf16 where the processor has instructions for it, else f32: emulated, it is a hundred times slower."""
-    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
-    names = ("avx512_bf16", "amx_bf16", "bf16")  # the last on AArch64
-    return "bf16" if any(has.get(name, False) for name in names) else "f32"
+    """bf16 where the processor has instructions for its products, else f32."""
+    return "bf16" if has_products_of(torch.bfloat16) else "f32"
 
 
 @contextmanager

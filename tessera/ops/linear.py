@@ -6,7 +6,7 @@ dtype. nn.Linear calls `linear`.
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from torch import Tensor
 from tessera.kernel.recording import is_recording
 from tessera.ops.invariant import block_products, is_invariant, tree_sum
 from tessera.ops.kernels import linear_kernel
+from tessera.ops.kernels.casted_linear import casted_linear_kernel
 from tessera.ops.quantize import dequantize_rows
+from tessera.ops.registration import wants_reference
 
 MAX_FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
 
@@ -28,7 +30,7 @@ def linear(
 
     Args:
         x: [..., I], f32, bf16 or f16.
-        weight: [O, I] of any storage type; it is brought to x's dtype first.
+        weight: [O, I] of any storage type.
         bias: [O] or None.
         scale: [O] f32, for a weight of an 8-bit type.
         blocks: sizes of the parts of I whose sums are added in a tree in the invariant mode; None for one.
@@ -36,6 +38,8 @@ def linear(
     Returns:
         [..., O] in x's dtype.
     """
+    if not is_invariant() and (is_recording() or _kernel_pays(x, weight, bias, scale)):
+        return _run_kernel(x, weight, bias, scale)
     if scale is not None:
         weight = dequantize_rows(weight, scale, x.dtype)
     elif weight.dtype != x.dtype:
@@ -45,36 +49,39 @@ def linear(
     if is_invariant():
         out = tree_sum(block_products(x, weight, blocks or (x.shape[-1],))).to(x.dtype)
         return out if bias is None else out + bias
-    if is_recording():
-        return _linear_kernel(x, weight, bias)
-    if x.dtype is torch.float32 and x.is_cpu and not torch.is_grad_enabled():
-        n_rows = x.numel() // max(x.shape[-1], 1)
-        if 0 < n_rows <= MAX_FEW_ROWS:
-            out = _linear_few_rows(x.reshape(n_rows, -1), weight)
-            out = out if bias is None else out.add_(bias)
-            return out.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 
-def _linear_kernel(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    out = torch.empty(*x.shape[:-1], weight_OI.shape[0], dtype=x.dtype, device=x.device)
-    linear_kernel(x.view(-1, x.shape[-1]), weight_OI, out.view(-1, out.shape[-1]), bias_O)
-    return out
+def _kernel_pays(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
+    """Whether the tile kernel is the quickest way on this processor, and nothing needs a gradient.
 
-
-def _linear_few_rows(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x @ weight^T for the few rows of a decode step, bound by the reading of the weight.
-
-    torch's product of one row runs on one thread, and of a few rows at a third of the memory's speed. Read as
-    a batch of slices of the weight, or with the weight on the left, it runs at 0.8 of it (measured: one row
-    15 -> 29 GB/s, four rows 6.5 -> 22 GB/s, of 35).
+    A few rows are bound by the reading of the weight, which torch does on one thread or at a third of the memory's
+    speed; weights of other types go to registers as they are stored; and where the processor has no instructions
+    for products of bf16 or f16, torch emulates them at a hundredth of the speed of f32.
     """
-    n_rows, d_in = x_NI.shape
-    if n_rows > 1:
-        return (weight_OI @ x_NI.t()).t().contiguous()
-    d_out = weight_OI.shape[0]
-    n_slices = math.gcd(d_out, 1 << (torch.get_num_threads() - 1).bit_length())
-    if n_slices == 1 or not weight_OI.is_contiguous():
-        return F.linear(x_NI, weight_OI)
-    slices = weight_OI.view(n_slices, d_out // n_slices, d_in)
-    return torch.bmm(slices, x_NI.t().expand(n_slices, d_in, 1)).view(1, d_out)
+    if torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor or not x.numel() or wants_reference():
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return (x.numel() <= MAX_FEW_ROWS * x.shape[-1] or scale is not None or weight.dtype != x.dtype
+            or not has_products_of(x.dtype))
+
+
+@functools.cache
+def has_products_of(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for matrix products of a 16-bit float type; True for wider types."""
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fphp")}
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    return dtype not in names or any(has.get(name, False) for name in names[dtype])
+
+
+def _run_kernel(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None) -> Tensor:
+    out = torch.empty(*x.shape[:-1], weight_OI.shape[0], dtype=x.dtype, device=x.device)
+    x_NI, out_NO = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if scale_O is not None:
+        casted_linear_kernel(x_NI, weight_OI, scale_O, out_NO, bias_O)
+    else:
+        linear_kernel(x_NI, weight_OI, out_NO, bias_O)
+    return out
