@@ -29,17 +29,19 @@ from tessera.dist.deterministic_gradients import GradientTree
 from tessera.dist.function import MeshTensor, distributed
 from tessera.dist.launch import launch, spawn
 from tessera.dist.mesh import Mesh, mesh
+from tessera.dist.norm import distributed_rms_norm
 from tessera.dist.ring_attention import ring_attention, zigzag_gather, zigzag_shard
+from tessera.dist.shared import rehearsal
 from tessera.dist.spec import ShardSpec, tensor
 from tessera.dist.world import get_rank, get_world_size, init, is_initialized, shutdown
 from tessera.errors import CollectiveError
 
 __all__ = [
     "CollectiveError", "GradientTree", "Mesh", "MeshTensor", "ShardSpec", "all_gather", "all_reduce", "all_to_all",
-    "barrier", "broadcast", "deterministic", "distributed", "fan_out", "get_rank", "get_world_size",
-    "hierarchical_all_reduce", "init", "is_initialized", "launch", "load_model", "mesh", "mesh_reduce", "recv",
-    "reduce_scatter", "ring_attention", "ring_exchange", "send", "shutdown", "spawn", "tensor", "zigzag_gather",
-    "zigzag_shard",
+    "barrier", "broadcast", "deterministic", "distributed", "distributed_rms_norm", "fan_out", "get_rank",
+    "get_world_size", "hierarchical_all_reduce", "init", "is_initialized", "launch", "load_model", "mesh",
+    "mesh_reduce", "recv", "reduce_scatter", "rehearsal", "ring_attention", "ring_exchange", "send", "shutdown",
+    "spawn", "tensor", "zigzag_gather", "zigzag_shard",
 ]
 
 make_callable(__name__, distributed)

@@ -11,12 +11,14 @@ nonce in it that was told them. How data moves is in kernel.backends.cpu.shared.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import json
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +36,31 @@ _KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast
 _NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if name != "int4"}
 _REDUCED = frozenset(DTYPES[name].torch for name in "f32 f64 bf16 f16 int8 uint8 int32 int64".split())
 _MAX_PLANS = 4096
+
+
+@dataclass
+class Rehearsal:
+    """How many collectives were recorded without being run."""
+
+    n_left_out: int = 0
+
+
+_REHEARSAL: contextvars.ContextVar[Rehearsal | None] = contextvars.ContextVar("tessera_rehearsal", default=None)
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[Rehearsal]:
+    """Inside, collectives over shared memory that a graph records do not run, and what they give is undefined.
+
+    For functions that can be done again: the ranks record, agree whether all of them could, and replay. Without this a
+    rank that finds something it cannot record would leave the others waiting in a collective.
+    """
+    found = Rehearsal()
+    token = _REHEARSAL.set(found)
+    try:
+        yield found
+    finally:
+        _REHEARSAL.reset(token)
 
 
 class SharedLine:
@@ -120,7 +147,11 @@ class SharedLine:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             plan = self._plans[key] = self._plan(kind, x, low, high, reduce, source, root)
-        plan.run(x.data_ptr(), out.data_ptr())
+        rehearsal = _REHEARSAL.get() if recording.is_recording() else None
+        if rehearsal is not None:
+            rehearsal.n_left_out += 1
+        else:
+            plan.run(x.data_ptr(), out.data_ptr())
         if recording.is_recording():
             recording.add(recording.NativeStep(name=kind, compiled=plan, outputs=(1,)), (x, out))
 

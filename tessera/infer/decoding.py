@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera import dist
 from tessera.errors import UnsupportedError
 from tessera.kernel import graph
+from tessera.models import gpt_plan
 from tessera.models.gpt import GPTModel
 from tessera.nn import KVCache, StepCache
 from tessera.ops import MAX_FEW_ROWS, is_invariant, wants_reference
@@ -47,7 +49,7 @@ class Decoder:
 
     def _recorded(self, cache: KVCache) -> Decoder | None:
         model = self._model
-        if is_invariant() or wants_reference() or (model.mesh is not None and model.mesh.size() > 1):
+        if is_invariant() or wants_reference():
             return None
         if cache.batch_size > MAX_FEW_ROWS or next(model.parameters()).device.type != "cpu":
             return None
@@ -62,14 +64,29 @@ class Decoder:
         return self._model.step(tokens_B, positions_B, StepCache(stores, place, valid_BC))
 
     def replay(self, *args: Any) -> Tensor | None:
-        """The recorded step; None, from then on, when the model has operations that cannot be recorded."""
+        """The recorded step; None, from then on, when the model has operations that cannot be recorded.
+
+        Ranks that share a model record without talking to each other, agree whether all could, and replay.
+        """
         assert self._step is not None
-        try:
-            return self._step(*args)
-        except UnsupportedError as error:
-            self._refusal = str(error)
-            _log.info("decode steps are not recorded: %s", error)
-            return None
+        logits_BV, refusal = None, None
+        with dist.rehearsal() as rehearsal:
+            try:
+                logits_BV = self._step(*args)
+            except UnsupportedError as error:
+                refusal = str(error)
+        mesh = self._model.mesh
+        if mesh is not None and mesh.has_axis(gpt_plan.AXIS) and (refusal or rehearsal.n_left_out):
+            could = torch.tensor([int(refusal is None)])
+            if dist.all_reduce(could, mesh, axis=gpt_plan.AXIS, op="min").item():
+                logits_BV = self._step(*args)
+            else:
+                refusal = refusal or "another rank cannot record them"
+        if refusal is None:
+            return logits_BV
+        self._refusal = refusal
+        _log.info("decode steps are not recorded: %s", refusal)
+        return None
 
 
 class Step:

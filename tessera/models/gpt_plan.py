@@ -33,7 +33,7 @@ from tessera.dist.spec import even_sizes
 from tessera.errors import InputError, UnsupportedError
 from tessera.kernel.recording import is_recording
 from tessera.models.config import GPTConfig
-from tessera.models.gpt_plan_kernels import part_of_embedding_kernel, side_by_side_kernel
+from tessera.models.gpt_plan_kernels import padded_kernel, part_of_embedding_kernel, side_by_side_kernel
 from tessera.nn import Embedding, Linear
 from tessera.ops.invariant import is_invariant
 
@@ -344,13 +344,23 @@ class VocabEmbedding(Embedding):
 
 
 def _gather_logits(logits: Tensor, mesh: dist.Mesh, sizes: tuple[int, ...]) -> Tensor:
-    if is_recording() and len(set(sizes)) == 1:
-        parts = dist.all_gather(logits.view(1, -1, sizes[0]), mesh, axis=AXIS)
-        out = torch.empty(parts.shape[1], len(sizes), sizes[0], dtype=parts.dtype, device=parts.device)
-        side_by_side_kernel(parts, out)
-        return out.view(*logits.shape[:-1], -1)
+    if is_recording():
+        return _gather_recorded(logits.view(-1, logits.shape[-1]), mesh, sizes).view(*logits.shape[:-1], -1)
     whole = dist.all_gather(logits, mesh, axis=AXIS, dim=logits.dim() - 1, sizes=sizes, replicated=True)
     return refuse_gradient(whole, len(sizes)) if is_invariant() else whole
+
+
+def _gather_recorded(logits_BV: Tensor, mesh: dist.Mesh, sizes: tuple[int, ...]) -> Tensor:
+    """All ranks' columns, by kernels; `sizes` are even_sizes."""
+    n_rows, width = logits_BV.shape[0], sizes[0]
+    own = logits_BV
+    if logits_BV.shape[1] < width:
+        own = logits_BV.new_empty(n_rows, width)
+        padded_kernel(logits_BV, own)
+    parts = dist.all_gather(own.view(1, n_rows, width), mesh, axis=AXIS)
+    out = logits_BV.new_empty(n_rows, sum(sizes))
+    side_by_side_kernel(parts, out, sizes.count(width))
+    return out
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocab: Cut, mesh: dist.Mesh) -> Tensor:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import tessera as ts
+from tessera.dist.spec import even_sizes
 from tessera.models import gpt_plan
+from tessera.models.gpt_plan_kernels import padded_kernel, part_of_embedding_kernel, side_by_side_kernel
 from tests.dist import tp_ranks
 
 SEED = 11
@@ -45,6 +47,39 @@ def test_generated_text(whole, parallel):
         assert torch.equal(result[shape]["greedy"], engine.generate(tokens, 5, do_sample=False))
         assert torch.equal(result[shape]["sampled"], engine.generate(tokens, 5, seed=SEED))
         assert torch.equal(result[shape]["unseeded"], parallel[0][shape]["unseeded"])
+
+
+def test_steps_are_recorded_with_their_collectives(parallel):
+    for result in parallel:
+        for shape, found in result.items():
+            assert found["is_recorded"]
+            if shape == "gpt2":
+                assert "aten::add" in found["refusal"]  # its positions, on one device too
+            else:
+                assert found["refusal"] is None
+
+
+@pytest.mark.parametrize(("size", "n", "n_rows"), [(97, 4, 3), (96, 4, 1), (11, 3, 2)])
+@pytest.mark.parametrize("backend", ["cpu", "interp"])
+def test_columns_of_ranks_side_by_side(size, n, n_rows, backend, monkeypatch):
+    monkeypatch.setenv("TESSERA_BACKEND", backend)
+    sizes = even_sizes(size, n)
+    x = torch.randn(n_rows, size, generator=torch.Generator().manual_seed(size))
+    parts = torch.full((n, n_rows, sizes[0]), 1e30)
+    for part, columns in zip(parts, x.split(list(sizes), 1)):
+        padded_kernel(columns.contiguous(), part)
+    out = torch.empty(n_rows, size)
+    side_by_side_kernel(parts, out, sizes.count(sizes[0]))
+    assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_part_of_an_embedding(dtype):
+    table = torch.randn(10, 7, generator=torch.Generator().manual_seed(3)).to(dtype)
+    out = torch.empty(5, 7)
+    part_of_embedding_kernel(torch.tensor([3, 12, 15, 22, 21]), table, out, 12)
+    expected = torch.stack([torch.zeros(7), table[0].float(), table[3].float(), torch.zeros(7), table[9].float()])
+    assert torch.equal(out, expected)
 
 
 def test_gradients(whole, parallel):

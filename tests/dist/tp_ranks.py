@@ -92,6 +92,7 @@ def forward(shapes: list[str], seed: int, is_deterministic: bool) -> dict[str, A
             out["greedy"] = engine.generate(tokens, 5, do_sample=False)
             out["sampled"] = engine.generate(tokens, 5, seed=seed)
             out["unseeded"] = engine.generate(tokens, 5)
+            out["refusal"], out["is_recorded"] = engine._decoder.refusal, engine._decoder._step is not None
             out["cache"] = model.new_cache(1).n_kv_heads
             out["nbytes"] = sum(p.nbytes for p in model.parameters())
             gpt_plan.share_gradients(model, mesh)

@@ -7,8 +7,10 @@ import torch
 
 import tessera as ts
 from tessera.infer.distributed import SPMDGeneration
+from tessera.kernel import recording
 from tessera.models import hub
 
+CONFIG = ts.GPTConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_ffn=48, max_seq_len=32, vocab_size=64)
 PROMPTS = ["The capital of France is", "Once upon a time, in a land far away,"]
 
 
@@ -51,6 +53,34 @@ def test_smollm2_on_two_ranks():
         torch.testing.assert_close(result["logits"], logits, rtol=1e-5, atol=2e-4)
         assert torch.equal(result["exact"], exact)
         assert result["nbytes"] < 0.6 * whole
+
+
+def one_rank_cannot_record() -> tuple[list[int], str | None]:
+    """Two ranks, of which the second finds a step that it cannot record, in its middle."""
+    ts.init(timeout=60)
+    model = ts.GPTModel(CONFIG, ts.dist.mesh(2))
+    model.init_weights(3)
+    if ts.dist.get_rank() == 1:
+        norm = model.blocks[1].mlp_norm.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if recording.is_recording():
+                raise ts.errors.UnsupportedError("not here")
+            return norm(x)
+
+        model.blocks[1].mlp_norm.add = lambda x, residual: (forward(x + residual), x + residual)
+    engine = ts.GPTInference(model)
+    tokens = engine.generate([[1, 2, 3]], 6, do_sample=False, eos_token_id=())
+    return tokens.tolist(), engine._decoder.refusal
+
+
+def test_ranks_agree_whether_they_record():
+    model = ts.GPTModel(CONFIG)
+    model.init_weights(3)
+    expected = ts.GPTInference(model).generate([[1, 2, 3]], 6, do_sample=False, eos_token_id=()).tolist()
+    (first, other), (second, own) = ts.dist.spawn(one_rank_cannot_record, 2)
+    assert first == second == expected
+    assert other == "another rank cannot record them" and own is not None
 
 
 def test_options_that_do_not_fit_are_refused():
