@@ -43,6 +43,8 @@ def active_precision() -> ActivePrecision | None:
 
     The open contexts are torch's own stack of function modes, which torch.compile traces as it is.
     """
+    if not torch._C._len_torch_function_stack():  # nearly always: operations ask at every call
+        return None
     mode = _innermost()
     return None if mode is None else mode.types
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.function.precision import active_precision
 from tessera.kernel.recording import is_recording
 from tessera.ops.invariant import block_products, is_invariant, tree_sum
 from tessera.ops.kernels import linear_kernel
@@ -26,7 +27,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None,
     blocks: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """x @ weight^T + bias, with sums in f32.
+    """x @ weight^T + bias, with sums in f32; inside `ts.precision`, in its types.
 
     Args:
         x: [..., I], f32, bf16 or f16.
@@ -60,6 +61,8 @@ def _kernel_pays(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
     for products of bf16 or f16, torch emulates them at a hundredth of the speed of f32.
     """
     if torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor or not x.numel() or wants_reference():
+        return False
+    if active_precision() is not None:  # torch's products follow it
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return False

@@ -64,6 +64,22 @@ def test_module_products_and_gradients() -> None:
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_operations_with_kernels_follow(rows, grad) -> None:
+    x, w = randn(rows, 64), randn(9, 64, seed=3)
+    with torch.set_grad_enabled(grad):
+        with ts.precision(compute="bf16"):
+            products = ts.ops.linear(x, w), ts.ops.matmul(x, w.t()), ts.nn.Linear(64, 9)(x)
+        with ts.precision(compute="f32", accumulate="f64"):
+            exact = ts.ops.linear(x, w), ts.ops.matmul(x, w.t())
+    assert all(y.dtype is torch.bfloat16 for y in products)
+    want = in_f64(F.linear, x, w, compute=torch.bfloat16)
+    for y in products[:2]:
+        torch.testing.assert_close(y, want, rtol=0.01, atol=0.1)
+    assert all(torch.equal(y, in_f64(F.linear, x, w, compute=torch.float32)) for y in exact)
+
+
 @pytest.mark.parametrize("reduction", [
     lambda x: x.sum(-1), lambda x: torch.mean(x, 0), lambda x: x.cumsum(-1), lambda x: x.var(-1),
     lambda x: torch.linalg.vector_norm(x, dim=-1), lambda x: torch.logsumexp(x, -1)])
