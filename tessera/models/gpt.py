@@ -154,7 +154,7 @@ class GPTModel(nn.Module):
         x_BSM = self.embed(input_ids)
         if self.embed_scale != 1:
             x_BSM = x_BSM * self.embed_scale
-        return x_BSM if self.pos_embed is None else x_BSM + self.pos_embed(positions_BS)
+        return x_BSM if self.pos_embed is None else ops.add(x_BSM, self.pos_embed(positions_BS))
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: StepCache) -> Tensor:
         """Logits after one more token a row; of kernels alone, to be recorded (infer.decoding). Checks nothing.

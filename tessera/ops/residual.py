@@ -16,7 +16,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, by torch except in a recorded step, which holds kernels alone.
 
     Args:
-        x, y: one shape and dtype.
+        x, y: one dtype, and one shape (outside a recorded step: that broadcast).
     """
     if not is_recording():
         return x + y
