@@ -1,0 +1,118 @@
+"""Operations forward and backward beside torch.compile of the plain torch expression.
+
+    python bench/ops.py [--quick] [--only NAME] [--repetitions N] [--threads N] [--fastest] [--no-compile]
+
+The cases come from the files ops_cases_*.py beside this one. Values and gradients of every case are checked against
+float64 first. The systems take turns, so that a noisy moment hits all of them; the table shows medians, or with
+--fastest (for a busy machine) the best of all repetitions. "x eager" and "x compiled" are torch's time over ours; the
+goal is a geometric mean of 1.2 over torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, print_table, write_results
+from kernels import measure
+from ops_case import OpCase
+from torch import Tensor
+
+GOAL = 1.2
+HEADER = ("milliseconds", "tessera", "eager", "compiled", "x eager", "x compiled")
+
+
+def cases(only: str, quick: bool) -> Iterator[OpCase]:
+    """The cases whose label holds `only`; each is freed before the next is made."""
+    torch.manual_seed(0)
+    for path in sorted(Path(__file__).parent.glob("ops_cases_*.py")):
+        yield from (case for case in importlib.import_module(path.stem).cases(quick) if only in case.label)
+
+
+def check(case: OpCase) -> float:
+    """Our values and gradients; the largest error, relative to the largest value of its tensor, or the end."""
+    grads = case.gradients(case.ours(*case.inputs))
+    actual = _step(case.ours, case.inputs, grads)
+    wide = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in case.inputs]
+    expected = _step(case.formula, wide, [grad.double() for grad in grads])
+    worst = 0.0
+    for ours, theirs in zip(actual, expected):
+        error = ((ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
+        if not error <= case.tolerance:
+            raise SystemExit(f"{case.label}: error {error:.1e}; expected at most {case.tolerance:.1e}")
+        worst = max(worst, error)
+    return worst
+
+
+def _step(function: Callable[..., Any], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Results, then the gradients of the inputs that need one."""
+    outs = function(*inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return [*outs, *torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], grads)]
+
+
+def run_case(case: OpCase, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Check and time one case: seconds of forward and backward together, and torch's over ours."""
+    print(case.label, file=sys.stderr, flush=True)
+    error = check(case)
+    systems: dict[str, Callable[..., Any]] = {"tessera": case.ours, "eager": case.formula}
+    if arguments.compile:
+        torch._dynamo.reset()
+        systems["compiled"] = torch.compile(case.formula, dynamic=False)
+    grads = case.gradients(case.ours(*case.inputs))
+    runs = {name: (lambda f=function: _step(f, case.inputs, grads)) for name, function in systems.items()}
+    for run in runs.values():
+        run()
+    samples = measure(runs, arguments.repetitions)
+    seconds = {name: (min if arguments.fastest else statistics.median)(values) for name, values in samples.items()}
+    times = {name: value / seconds["tessera"] for name, value in seconds.items() if name != "tessera"}
+    return {"group": case.group, "case": case.label, "error": error, "seconds": seconds, "times": times,
+            "samples": samples}
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    seconds, times = result["seconds"], result["times"]
+    return [result["case"], *(f"{seconds[name] * 1e3:.3f}" if name in seconds else "-"
+                              for name in ("tessera", "eager", "compiled")),
+            *(f"{times[name]:.2f}" if name in times else "-" for name in ("eager", "compiled"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
+    parser.add_argument("--only", default="", help="cases whose label has this text")
+    parser.add_argument("--repetitions", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fastest", action="store_true", help="the fastest repetition instead of the median")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    arguments = parser.parse_args()
+    arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 15)
+    arguments.compile = arguments.compile and shutil.which(os.environ.get("CXX", "g++")) is not None
+    torch.set_num_threads(arguments.threads)
+    about = machine() | {"load_average": os.getloadavg()[0]}
+    results = [run_case(case, arguments) for case in cases(arguments.only, arguments.quick)]
+    if not results:
+        raise SystemExit(f"--only: {arguments.only!r} given; no case has it in its label")
+    print_table(HEADER, [row(result) for result in results])
+    ratios = [result["times"].get("compiled", result["times"]["eager"]) for result in results]
+    mean = statistics.geometric_mean(ratios)
+    print(f"\ngeometric mean {mean:.2f} of {len(ratios)} cases over torch{'.compile' if arguments.compile else ''}; "
+          f"goal {GOAL}: {'met' if mean >= GOAL else 'not met'}")
+    print(f"load average at the start: {about['load_average']:.1f} (figures need a quiet machine)")
+    if not arguments.only and not arguments.quick:
+        path = write_results("ops", {"machine": about, "options": vars(arguments), "goal": GOAL,
+                                     "geometric_mean": mean, "cases": results})
+        print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
