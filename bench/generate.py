@@ -2,7 +2,8 @@
 
     python bench/generate.py [--repetitions N] [--no-bf16]
 
-Four systems, each in a process of its own, take turns: tessera and transformers in f32, and in bf16. tessera
+Five systems, each in a process of its own, take turns: tessera and transformers in f32 and in bf16, and tessera
+with the file's weights kept quantized (Q4_1, Q8_0), computing in the type that the processor is fastest in. tessera
 reads the Q4_1 GGUF file; transformers reads the dequantized weights from safetensors. Greedy tokens in f32 must
 be equal before anything is timed. Where a system would take too long for 512 tokens or 32 steps (bf16 on a
 processor that has no instructions for it), it gets fewer and the table says so.
@@ -24,13 +25,14 @@ import torch
 from common import Worker, machine, print_table, serve, write_results
 
 import tessera as ts
+from tessera.ops.linear import has_products_of
 
 PREFILL, STEPS, BATCHES = 512, 32, (1, 8)
 PROMPT = 4  # tokens before the decode steps; few, for the sake of systems with slow prefill
 BUDGET = 6.0  # seconds for one measurement
 CHECKED = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a village by the sea,")
-SYSTEMS = ("tessera f32", "transformers f32", "tessera bf16", "transformers bf16")
-PEER = {"tessera f32": "transformers f32", "tessera bf16": "transformers bf16"}
+SYSTEMS = ("tessera f32", "transformers f32", "tessera q4_1", "tessera bf16", "transformers bf16")
+PEER = {"tessera f32": "transformers f32", "tessera bf16": "transformers bf16", "tessera q4_1": "transformers bf16"}
 
 
 class Tessera:
@@ -38,7 +40,10 @@ class Tessera:
 
     def __init__(self, path: str, dtype: str) -> None:
         start = time.perf_counter()
-        self.model = ts.load_model(path, dtype=dtype)
+        is_quantized = dtype == "q4_1"
+        if is_quantized:
+            dtype = "bf16" if has_products_of(torch.bfloat16) else "f32"
+        self.model = ts.load_model(path, dtype=dtype, keep_quantized=is_quantized)
         self.load_seconds = time.perf_counter() - start
         self.engine = ts.GPTInference(self.model)
 
@@ -112,9 +117,11 @@ def check_equal(workers: dict[str, Worker], tokenizer: Any) -> None:
     """Greedy tokens of both libraries in f32, or the end."""
     for text in CHECKED:
         ids = tokenizer.encode(text)
-        ours, theirs = (workers[name].ask("tokens", ids=ids, count=32) for name in SYSTEMS[:2])
-        if ours != theirs:
-            raise SystemExit(f"greedy tokens differ for {text!r}: {ours} {theirs}")
+        expected = workers["transformers f32"].ask("tokens", ids=ids, count=32)
+        for name in ("tessera f32",) if has_products_of(torch.bfloat16) else ("tessera f32", "tessera q4_1"):
+            found = workers[name].ask("tokens", ids=ids, count=32)
+            if found != expected:
+                raise SystemExit(f"greedy tokens of {name} differ for {text!r}: {found} {expected}")
     print(f"greedy tokens equal transformers float32: {len(CHECKED)} prompts x 32 tokens")
 
 
@@ -148,12 +155,11 @@ def measure(workers: dict[str, Worker], repetitions: int) -> dict[str, dict[str,
     return results
 
 
-def limits(config: ts.GPTConfig, computer: dict[str, Any], dtype: str) -> dict[str, float]:
+def limits(config: ts.GPTConfig, computer: dict[str, Any], flops: float, step_bytes: float) -> dict[str, float]:
     """Tokens a second that the machine allows at most: arithmetic for prefill, reading the weights for decode."""
     matrices = config.n_params - config.vocab_size * config.d_model
     attention = 2 * config.n_layers * config.n_heads * config.d_head * PREFILL / 2
-    step_bytes = config.n_params * (4 if dtype == "f32" else 2)
-    found = {"prefill": computer[f"{dtype}_flops"] / (2 * (matrices + attention))}
+    found = {"prefill": flops / (2 * (matrices + attention))}
     return found | {f"decode {batch}": batch * computer["read_bytes_per_second"] / step_bytes for batch in BATCHES}
 
 
@@ -173,7 +179,8 @@ def report(results: dict[str, dict[str, Any]], ceilings: dict[str, dict[str, flo
     for title in (f"prefill {PREFILL} tok/s", *(f"decode b{batch} tok/s" for batch in BATCHES)):
         header += [title, "ratio", "limit"]
     print_table(header, rows)
-    print("ratio: to transformers in the same type. limit: share of what memory or matmul speed allows.")
+    print("ratio: to transformers in the same type, of q4_1 to its bf16. "
+          "limit: share of what memory or matmul speed allows.")
     if any("*" in cell for row in rows for cell in row):
         print(f"*: fewer tokens or steps, to stay within {BUDGET:.0f} s a measurement.")
 
@@ -199,14 +206,17 @@ def main() -> None:
         del model
         paths = {"tessera": str(path), "transformers": f"{folder}/model"}
         workers = {}
-        for name in SYSTEMS[: 2 if options.no_bf16 else 4]:
+        for name in SYSTEMS[: 3 if options.no_bf16 else None]:
             workers[name] = Worker(__file__, ["--worker", name, paths[name.split()[0]]])
             workers[name].ask("load_seconds")  # one after the other: loading is timed
         check_equal(workers, ts.load_tokenizer(path))
         results = measure(workers, options.repetitions)
         for worker in workers.values():
             worker.close()
-    ceilings = {dtype: limits(config, computer, dtype) for dtype in ("f32", "bf16")}
+    f32, bf16 = computer["f32_flops"], max(computer["f32_flops"], computer["bf16_flops"])  # bf16 can run as f32
+    ceilings = {"f32": limits(config, computer, f32, 4 * config.n_params),
+                "bf16": limits(config, computer, bf16, 2 * config.n_params),
+                "q4_1": limits(config, computer, bf16, os.path.getsize(path))}
     report(results, ceilings)
     print("written:", write_results("generate", {"machine": computer, "systems": results, "limits": ceilings}))
 
