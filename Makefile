@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all check docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ test-all: $(STAMP)  ## the slow tests as well
 check: $(STAMP)  ## lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)  ## docs/operations.md, made from the code and bench/results/
+	$(PY) -m tessera.ops.table > docs/operations.md
 
 bench: $(STAMP)  ## every benchmark beside its peer; JSON in bench/results/
 	@for script in bench/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done

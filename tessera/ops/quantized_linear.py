@@ -106,7 +106,7 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is torch.int8:
         return x.nan_to_num(nan=0.0).round().clamp(-128, 127).to(dtype)
     limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit).to(dtype)
+    return (x.clamp(-limit, limit) if limit < torch.finfo(x.dtype).max else x).to(dtype)
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
