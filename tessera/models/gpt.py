@@ -129,11 +129,51 @@ class GPTModel(nn.Module):
             InputError: a token outside the vocabulary, more than max_seq_len tokens, a position out of range.
             ShapeError: arguments that do not fit together.
         """
-        _check_ids(input_ids, self.config)
         if logits_to_keep < 0:
             raise InputError(f"logits_to_keep: {logits_to_keep} given; expected a count, or 0 for all places")
         if use_cache and kv_cache is None:
+            _check_ids(input_ids, self.config)
             kv_cache = self.new_cache(input_ids.shape[0])
+        x_BSM = self._hidden(input_ids, attention_mask, position_ids, kv_cache)
+        if logits_to_keep:
+            x_BSM = x_BSM[:, -logits_to_keep:]
+        return {"logits": self._logits(self.final_norm(x_BSM)), "kv_cache": kv_cache}
+
+    def loss(
+        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, ignore_index: int = -100,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """Mean cross-entropy of each place's target; the logits of all places are not held in memory at once.
+
+        Args:
+            input_ids: [B, S] integers.
+            targets: [B, S] integers, the token that follows each place, or ignore_index where none counts.
+            attention_mask: [B, S], 0 for padding, whose targets must be ignore_index.
+            ignore_index: the target of places that do not count.
+            z_loss: factor on the mean of log(sum(exp(logits)))^2, which keeps logits small (arXiv:2204.02311).
+
+        Returns:
+            A scalar in f32; 0 when no place counts.
+
+        Raises:
+            InputError, ShapeError: as for a forward pass; or targets that do not fit.
+        """
+        if targets.shape != input_ids.shape:
+            raise ShapeError(f"targets: {tuple(targets.shape)} given; expected {tuple(input_ids.shape)}, a target for "
+                             "each token")
+        x_BSM = self.final_norm(self._hidden(input_ids, attention_mask, None, None))
+        head = self.embed if self.lm_head is None else self.lm_head
+        is_plain = type(head) in (Embedding, Linear) and not getattr(head, "is_quantized", False)
+        options: dict[str, Any] = {"ignore_index": ignore_index, "z_loss": z_loss}
+        if is_plain and self.config.logit_softcap is None and not ops.is_invariant():
+            return ops.linear_cross_entropy(x_BSM, head.weight, targets, **options)
+        return ops.cross_entropy(self._logits(x_BSM), targets, **options)
+
+    def _hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, kv_cache: KVCache | None,
+    ) -> Tensor:
+        """The residual stream after the last block, [B, S, M]."""
+        _check_ids(input_ids, self.config)
         if kv_cache is not None:
             _check_cache(kv_cache, input_ids.shape[0], self)
         valid_BT = _valid_places(input_ids, attention_mask, kv_cache, self.config)
@@ -145,10 +185,7 @@ class GPTModel(nn.Module):
         x_BSM = self._embed(input_ids, positions_BS)
         rope = self._rope(positions_BS, n_total)
         with contextlib.nullcontext() if kv_cache is None else kv_cache.appending():
-            x_BSM = self._blocks(x_BSM, masks, rope, kv_cache)
-        if logits_to_keep:
-            x_BSM = x_BSM[:, -logits_to_keep:]
-        return {"logits": self._logits(self.final_norm(x_BSM)), "kv_cache": kv_cache}
+            return self._blocks(x_BSM, masks, rope, kv_cache)
 
     def _embed(self, input_ids: Tensor, positions_BS: Tensor) -> Tensor:
         x_BSM = self.embed(input_ids)

@@ -252,3 +252,29 @@ def test_an_interrupted_forward_leaves_the_cache_usable(monkeypatch):
                 model(ids[:, 5:], kv_cache=cache)
         again = model(ids[:, 5:], kv_cache=cache)["logits"]
         torch.testing.assert_close(again, model(ids)["logits"][:, 5:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}, {"logit_softcap": 2.0}, {"weight_dtype": "fp8_e4m3"}])
+def test_loss_is_the_cross_entropy_of_the_logits(fields):
+    model = model_of(21, **fields).train()
+    ids, targets = tokens(22, 3, 9), tokens(23, 3, 9)
+    targets[0, :4] = -100
+    logits = model(ids)["logits"]
+    expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), targets.flatten())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(expected, parameters, retain_graph=True)
+    loss = model.loss(ids, targets)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
+    for actual, grad in zip(torch.autograd.grad(loss, parameters), wanted):
+        torch.testing.assert_close(actual, grad, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        z = torch.logsumexp(logits.double(), -1)[targets != -100].square().mean()
+        torch.testing.assert_close(model.loss(ids, targets, z_loss=0.1), (expected + 0.1 * z).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_loss_refuses():
+    model = model_of(24)
+    with pytest.raises(ShapeError, match=r"targets: \(1, 3\) given; expected \(1, 4\)"):
+        model.loss(tokens(1, 1, 4), tokens(1, 1, 3))
+    with pytest.raises(InputError, match="token 31"):
+        model.loss(torch.tensor([[31]]), tokens(1, 1, 1))
