@@ -2,6 +2,7 @@
 
 In: a function after the passes. Out: for such a store its products. Their results need no memory of their own: the
 store computes a chunk of each product and what follows it while the chunk is in the cache (`matmul.store_products`).
+The blocks of a loop are chunks already (`resident.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from tessera.kernel import ir
+from tessera.kernel.backends.cpu import resident
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.mma_dot import dot_unit
 from tessera.kernel.backends.cpu.plan import stored_value
@@ -27,13 +29,15 @@ def fused_products(function: Function, kept: set[str], target: Target) -> Fused:
     for op in ir.walk(function.body):
         for operand in op.operands:
             users[operand.name].append(op)
+    looped = {inner for op in ir.walk(function.body) if op.name in ("for", "while") for region in op.regions
+              for inner in ir.walk(region)}
     found: Fused = {}
     for block in _blocks(function.body):
         for op in block.ops:
             if op.name == "store" and op.operands[1].type.rank >= 2:
                 chain = _elementwise_before(op, kept)
                 products = [mma for mma in block.ops if mma.name == "mma" and _fits(mma, op, target)
-                            and _only_in(mma, chain, users)]
+                            and _only_in(mma, chain, users) and not (mma in looped and resident.fits(mma))]
                 if products:
                     found[op] = products
     return found

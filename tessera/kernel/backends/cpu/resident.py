@@ -24,7 +24,7 @@ from tessera.kernel.ir import Op
 
 MOST = 256  # elements along a side of a block
 MOST_STRIDE = 256  # floats from k to k of a right operand read in place: further apart, its rows share cache sets
-UNROLL = 4  # steps of k; the generator's choice, as LLVM is told to leave loops alone
+UNROLLED = 48  # multiply-adds in the body of the innermost loop; more, or longer ones, make LLVM spill sums
 
 
 def fits(op: Op) -> bool:
@@ -149,12 +149,17 @@ def _emit_kernel(function: Function, t: mma.Tiling, rows: int, edge: bool) -> No
         panel = b.gep(w, b.mul(at, w_k), F32)
         ws = [read(b.gep(panel, v * t.lanes, F32), v) for v in range(t.vectors)]
         at_k = b.mul(at, a_k)
-        xs = [b.splat(b.load(b.gep(row, at_k, F32), F32), t.lanes) for row in a_rows]
-        return [b.fma(xs[i // t.vectors], ws[i % t.vectors], total) for i, total in enumerate(sums)]
+        done: list[Val] = []
+        for row in a_rows:
+            x = b.splat(b.load(b.gep(row, at_k, F32), F32), t.lanes)
+            done += [b.fma(x, y, sums[len(done) + v]) for v, y in enumerate(ws)]
+        return done
 
     sums = branch.results
-    whole = ZERO if edge else b.and_(k, -UNROLL)  # the kernels of edges run seldom: they are kept small
-    for first, last, steps in ((ZERO, whole, UNROLL), (whole, k, 1))[int(edge):]:
+    # The kernels of edges run seldom: they are kept small.
+    unroll = 1 if edge else 1 << (max(1, UNROLLED // len(outputs)).bit_length() - 1)
+    whole = b.and_(k, -unroll)
+    for first, last, steps in ((ZERO, whole, unroll), (whole, k, 1))[:1 if unroll == 1 else 2]:
         with b.for_(first, last, steps, carry=sums) as loop:
             inner = loop.carry
             for offset in range(steps):
