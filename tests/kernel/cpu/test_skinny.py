@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera import Tile, f32, int8, kernel, tile
+from tessera import Tile, f32, int8, int32, kernel, tile
 from tessera.kernel import Kernel
 from tessera.kernel.backends import cpu
 from tessera.kernel.backends.cpu.host import Target, runs_here, target
@@ -126,7 +126,7 @@ def test_batches(rows):
     close(out, x[:, :rows], w)
 
 
-@pytest.mark.parametrize("k,rows", [(1, 1), (2, 4), (33, 9), (64, 3), (131, 8)])
+@pytest.mark.parametrize("k,rows", [(1, 1), (2, 4), (33, 9), (64, 3), (131, 8), (131, 20)])
 def test_pairs_of_bf16_are_added_as_the_instruction_adds_them(k, rows):
     """With the arithmetic of `vdpbf16ps` in place of the instruction: the higher k first, a missing one is zero."""
     host = replace(target(), has_avx512bf16=True, emulates_dots=True)
@@ -159,3 +159,26 @@ def test_other_processors_give_the_same_bits(name):
 def compiled_for(host: Target) -> Iterator:
     with mock.patch.object(cpu, "target", return_value=host):
         yield lambda launch: launch.retype({})
+
+
+@kernel
+def integers(x: Tile["M", "K"], weight: Tile["N", "K", int8], out: Tile["M", "N", int32]):
+    tile.store(out, tile.mma(tile.load(x), tile.transpose(tile.load(weight))))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("quads", [False, True])
+@pytest.mark.parametrize("n,k", [(1, 1), (37, 33), (64, 64), (130, 1030)])
+def test_integers_are_exact(n, k, quads, dtype):
+    """With pairs of 16 bits, and with the arithmetic of `vpdpbusd`."""
+    host = replace(target(), has_vnni=True, emulates_dots=True) if quads else target()
+    generator = torch.Generator().manual_seed(n * k)
+    low, high = (-128, 128) if dtype == torch.int8 else (0, 256)
+    x = torch.randint(low, high, (17, k), generator=generator).to(dtype)
+    w = torch.randint(-128, 128, (n, k), generator=generator).to(torch.int8)
+    with compiled_for(host) as fresh:
+        launch = fresh(integers)
+        for rows in (1, 2, 4, 7, 16, 17):
+            out = torch.full((rows, n), -1, dtype=torch.int32)
+            launch(x[:rows], w, out)
+            assert torch.equal(out.double(), x[:rows].double() @ w.double().T), rows

@@ -128,7 +128,7 @@ class _Operands:
         self.scratch = mma.scratch(mma.tiling(ctx.target), dot, w.shape[-1], w.shape[-2])
         self.memory = ctx.scratch(self.scratch.total)
         # The products of a loop have no weights that few rows share: their blocks are packed anyway.
-        self.few = ctx.scratch(skinny.scratch_bytes()) if dot.total == F32 and not _in_loop(ctx, op) else None
+        self.few = None if _in_loop(ctx, op) else ctx.scratch(skinny.scratch_bytes())
 
     def product(self, ctx: Context, batch: tuple[Val, ...], width: Val, c: Val, ldc: Val) -> mma.Product:
         """What `mma.matmul` takes."""

@@ -31,7 +31,7 @@ def packing_source(ctx: Context, value: Value, batch: tuple[Val, ...], dot: Dot,
         if storage_type(dtype) == dot.element and not shift:
             return plain
         return replace(plain, direct=None,
-                       read=lambda *at: _packable(ctx, from_storage(b, plain.read(*at), dtype), dot, shift))
+                       read=lambda *at: packable(ctx, from_storage(b, plain.read(*at), dtype), dot, shift))
     axis = unit_axis(ctx, value)
 
     def read(at_lane: Val, at_k: Val, count: int, along_k: bool) -> Val:
@@ -41,12 +41,12 @@ def packing_source(ctx: Context, value: Value, batch: tuple[Val, ...], dot: Dot,
         with ctx.scope():
             point = Point(tuple(indices), (k if along_k else lane) if count else None, count)
             x = element(ctx, value, point)
-        return _packable(ctx, x if emit.lanes(x.ty) == count else b.splat(x, count), dot, shift)
+        return packable(ctx, x if emit.lanes(x.ty) == count else b.splat(x, count), dot, shift)
 
     return Source(read=read, along_k=axis == k)
 
 
-def _packable(ctx: Context, x: Val, dot: Dot, shift: int) -> Val:
+def packable(ctx: Context, x: Val, dot: Dot, shift: int) -> Val:
     """A register value as the dot's packed element."""
     b = ctx.b
     if dot.element == F32:

@@ -1,7 +1,7 @@
 """Products of few rows, bound by the reading of the right operand: it is read once and goes straight to registers.
 
-In: an f32 `mma` whose rows are few when the kernel runs, at most ROWS. Out: loops that add each product to its element
-of C in one ascending chain, the same that the packed kernels of `mma.py` compute. Called by `matmul.py`.
+In: an `mma` whose rows are few when the kernel runs, at most ROWS. Out: loops that add each product to its element
+of C in one ascending chain, the same that the packed kernels of `mma.py` compute (`mma_dot.py`). Called by `matmul.py`.
 
 The lanes are columns. Each step of k takes one vector of W for a panel of columns, wherever it comes from: a row of
 [K, N], rows of [N, K] transposed in registers (`columns.py`), and whatever the program computes from them
@@ -19,9 +19,10 @@ from tessera.kernel.backends.cpu import emit
 from tessera.kernel.backends.cpu.columns import run_elements, step
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory
 from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, operand_points
-from tessera.kernel.backends.cpu.emit import F32, I1, I16, I32, I64, Builder, Val
+from tessera.kernel.backends.cpu.emit import F32, I1, I32, I64, Builder, Val
 from tessera.kernel.backends.cpu.loops import run_lanes
-from tessera.kernel.backends.cpu.mma_dot import Dot, multiply_add
+from tessera.kernel.backends.cpu.mma_dot import Dot, multiply_add, shifted_sums
+from tessera.kernel.backends.cpu.operands import packable
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Value
 
@@ -99,19 +100,13 @@ def _copy_rows(ctx: Context, p: Product, scratch: Val, start: Val, steps: Val) -
             x = element(ctx, p.a, Point((*p.batch, row.i, b.add(start, k)), k_axis, width, mask))
             x = x if emit.lanes(x.ty) else b.splat(x, width)
             if mask is not None:
-                x = b.select(mask, x, 0.0)
+                x = b.select(mask, x, 0)
             # Behind the last step there is room for a whole vector.
-            b.store(_bf16_bits(ctx, x) if ty == I16 else x, b.gep(to, k, ty))
+            b.store(packable(ctx, x, p.dot, p.dot.shift), b.gep(to, k, ty))
 
         run_lanes(ctx, steps, width, put)
     with b.for_(p.m, filled) as row:
         b.fill(b.gep(scratch, b.mul(row.i, PITCH), ty), 0, b.mul(steps, emit.bits(ty) // 8))
-
-
-def _bf16_bits(ctx: Context, x: Val) -> Val:
-    """The upper halves of f32 values that are bf16 values."""
-    bits = ctx.b.bitcast(x, emit.vec(emit.lanes(x.ty), I32))
-    return ctx.b.cast("trunc", ctx.b.lshr(bits, 16), I16)
 
 
 class _Reading:
@@ -182,6 +177,8 @@ class _Strip:
         self.ctx, self.p, self.reading = ctx, product, reading
         self.x, self.c, self.rows = x, c, rows
         self.start, self.steps, self.going = start, steps, going
+        self.extra = int(product.dot.shift > 0)
+        self.ty = emit.vec(lanes(ctx), product.dot.total)
 
     def emit(self) -> None:
         """Whole panels by whole blocks of k with fast kernels; what is left, and many rows, with a careful one."""
@@ -245,8 +242,7 @@ class _Strip:
                 root = b.add(here, b.udiv(self.start, block))
                 sums = list(loop.carry)
                 for i, offset in self._turns(panels):
-                    w = self._weights(step(ctx, root, block, offset), columns[i], None,
-                                      lambda o=offset: step(ctx, root, block, o + 1))
+                    w = self._weights(lambda j, o=offset: step(ctx, root, block, o + j), columns[i], None)
                     sums[i::panels] = self._add(sums[i::panels], b.add(b.mul(here, block), offset), w)
                 loop.next(sums)
             self._finish(loop.results, columns, None)
@@ -273,13 +269,12 @@ class _Strip:
                 root = b.add(here, b.udiv(self.start, block))
                 totals = list(loop.carry)
                 for offset in range(0, block, pack):
-                    w = self._weights(step(ctx, root, block, offset), column.i, mask,
-                                      lambda o=offset: step(ctx, root, block, o + 1))
+                    w = self._weights(lambda j, o=offset: step(ctx, root, block, o + j), column.i, mask)
                     totals = self._add(totals, b.add(b.mul(here, block), offset), w)
                 loop.next(totals)
             with b.for_(whole, self.steps, pack, carry=loop.results) as rest, ctx.scope():
                 k = b.add(self.start, rest.i)
-                w = self._weights(k, column.i, mask, lambda: b.add(k, 1), b.cmp("lt", b.add(k, 1), self.p.k))
+                w = self._weights(lambda j: b.add(k, j), column.i, mask, self.p.k)
                 rest.next(self._add(rest.carry, rest.i, w))
             self._finish(rest.results, [column.i], mask)
 
@@ -287,39 +282,47 @@ class _Strip:
         batch = self.p.w_batch
         return Point((*batch, k, column), len(batch) + 1, lanes(self.ctx), mask)
 
-    def _weights(self, k: Val, column: Val, mask: Val | None, following: Callable[[], Val],
-                 follows: Val | None = None) -> Val:
-        """W at one step for a panel: f32, or a pair of bf16 whose second k may be missing and is zero then."""
-        b = self.ctx.b
-        w = self._vector(k, column, mask)
-        if self.p.dot.pack == 1:
-            return w
-        second = following()
-        if follows is not None:
-            second = b.select(follows, second, k)
-        other = self._vector(second, column, mask)
-        low, high = (b.bitcast(v, emit.vec(lanes(self.ctx), I32)) for v in (w, other))
-        high = b.and_(high, -65536)
-        if follows is not None:
-            high = b.select(b.splat(follows, lanes(self.ctx)), high, 0)
-        return b.or_(b.lshr(low, 16), high)
+    def _weights(self, k: Callable[[int], Val], column: Val, mask: Val | None, end: Val | None = None) -> Val:
+        """A unit of W for each column of a panel: the steps k(0), k(1), ...; those from `end` on are zero."""
+        b, dot = self.ctx.b, self.p.dot
+        found = []
+        for place in range(dot.pack):
+            at = k(place)
+            exists = b.cmp("lt", at, end) if end is not None and place else None
+            w = self._vector(at if exists is None else b.select(exists, at, k(0)), column, mask)
+            found.append(w if exists is None else b.select(b.splat(exists, lanes(self.ctx)), w, 0))
+        if dot.pack == 1:
+            return found[0]
+        bits = 32 // dot.pack
+        unit = None
+        for place, w in enumerate(found):
+            w = b.bitcast(w, emit.vec(lanes(self.ctx), I32))
+            if dot.total == F32:  # bf16: the upper half of an f32
+                w = b.lshr(w, bits)
+            w = b.shl(b.and_(w, (1 << bits) - 1), bits * place) if place else b.and_(w, (1 << bits) - 1)
+            unit = w if unit is None else b.or_(unit, w)
+        assert unit is not None
+        return unit
 
     def _vector(self, k: Val, column: Val, mask: Val | None) -> Val:
         w = element(self.ctx, self.p.w, self._point(k, column, mask))
         return w if emit.lanes(w.ty) else self.ctx.b.splat(w, lanes(self.ctx))
 
     def _add(self, sums: Sequence[Val], k: Val, w: Val) -> list[Val]:
-        """One step of the chains of a panel, a row each."""
+        """One step of the chains of a panel: one for each row, and behind them what the dot's shift adds to all."""
         b, dot, width = self.ctx.b, self.p.dot, lanes(self.ctx)
         at = b.gep(self.x, k, dot.element)
         totals = []
         for row, total in enumerate(sums):
+            if row == len(sums) - self.extra:
+                totals.append(shifted_sums(b, self.ctx.target, dot, w, total))
+                continue
             x = b.splat(b.load(b.gep(at, row * PITCH, dot.element), dot.unit, align=emit.bits(dot.element) // 8), width)
             totals.append(multiply_add(b, self.ctx.target, dot, x, w, total))
         return totals
 
     def _start(self, rows: int, columns: Sequence[Val], going: Val, mask: Val | None) -> list[Val]:
-        b, ty = self.ctx.b, emit.vec(lanes(self.ctx), F32)
+        b, ty = self.ctx.b, self.ty
         last = b.sub(self.rows, 1)
         with b.if_(going) as branch:
             # A row that only fills the kernel up stands for the last row there is.
@@ -327,17 +330,21 @@ class _Strip:
                      for row in range(rows) for at in columns]
             branch.give([b.load(at, ty) if mask is None else b.masked_load(at, ty, mask) for at in found])
         with branch.else_():
-            branch.give([emit.const(0.0, ty)] * (rows * len(columns)))
-        return branch.results
+            branch.give([emit.const(0, ty)] * (rows * len(columns)))
+        return branch.results + [emit.const(0, ty)] * (self.extra * len(columns))
 
     def _output(self, row: Val, column: Val) -> Val:
         return self.ctx.b.gep(self.c, self.ctx.b.add(self.ctx.b.mul(row, self.p.ldc), column), F32)
 
     def _finish(self, totals: Sequence[Val], columns: Sequence[Val], mask: Val | None) -> None:
         b, count = self.ctx.b, len(columns)
-        for row in range(len(totals) // count):
+        rows = len(totals) // count - self.extra
+        for row in range(rows):
             with b.if_(b.cmp("gt", self.rows, row)):
-                for total, column in zip(totals[row * count:], columns):
+                for i, column in enumerate(columns):
+                    total = totals[row * count + i]
+                    if self.extra:
+                        total = b.sub(total, totals[rows * count + i])
                     at = self._output(emit.const(row, I64), column)
                     if mask is None:
                         b.store(total, at)
