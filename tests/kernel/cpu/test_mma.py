@@ -23,7 +23,7 @@ from tessera.types import bf16, f32, int8, uint8
 BLOCK_M, BLOCK_N = 32, 96  # columns: whole panels on every processor
 PAIRS = [("row", "row"), ("row", "column"), ("row", "strided"), ("row", "panels"), ("column", "row"),
          ("strided", "row"), ("column", "column")]
-SIZES = [(1, 1, 1), (1, 33, 7), (7, 33, 255), (33, 7, 1000), (64, 100, 300), (13, 255, 33), (5, 9, 0)]
+SIZES = [(1, 1, 1), (1, 33, 7), (7, 33, 255), (33, 7, 1000), (40, 100, 300), (13, 255, 33), (5, 9, 0)]
 TYPES = {"f32": (f32, f32), "bf16": (bf16, bf16), "int8": (int8, int8), "uint8": (uint8, int8)}
 # This machine, and the code for AVX-512 with dot instructions.
 HOSTS = {"host": target(), "dots": replace(
@@ -170,8 +170,7 @@ def test_all_layouts_give_the_same_bits():
         assert torch.equal(Product(a_layout, w_layout)(a, w), want)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "uint8"])
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("kind,host", [("bf16", "dots"), ("int8", "host"), ("int8", "dots"), ("uint8", "dots")])
 @pytest.mark.parametrize("a_layout,w_layout", [("row", "column"), ("column", "row"), ("strided", "strided"),
                                                ("row", "panels")])
 def test_dots(kind, host, a_layout, w_layout):

@@ -153,7 +153,7 @@ class Context:
     def _atom(self, atom: str | Term) -> Val:
         b = self.b
         if isinstance(atom, Term):
-            left, right = self._polynomial(atom.left), self._polynomial(atom.right)
+            left, right = self.size(atom.left), self.size(atom.right)
             if atom.op in ("min", "max"):
                 return (b.min if atom.op == "min" else b.max)(left, right)
             return floor_div(b, left, right) if atom.op == "//" else floor_mod(b, left, right)
