@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import collections.abc
+import functools
 import inspect
 import re
 import types
@@ -34,6 +35,14 @@ class TensorSpec:
     annotation: TensorType | None = None
     dims: tuple[Dim, ...] | None = None
     ellipsis: int | None = None
+
+    @functools.cached_property
+    def plain_dims(self) -> tuple[str | int, ...] | None:
+        """The dims as names and numbers; None where one of them is an expression, or "..." stands among them."""
+        if self.dims is None or self.ellipsis is not None:
+            return None
+        found = tuple(d.const if d.const is not None else str(d) for d in self.dims)
+        return found if all(isinstance(d, int) or d.isidentifier() for d in found) else None
 
     def __str__(self) -> str:
         if self.annotation is None:

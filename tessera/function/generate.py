@@ -115,7 +115,8 @@ class _Writer:
         lines, known = self._group(required, known) if required else ([], known)
         local: set[str] = set()
         for name, union in optional.items():
-            lines += self._union(name, union, known, local)
+            checks, known = self._union(name, union, known, local)
+            lines += checks
         shared = local & self._names_of(self.signature.result)
         if shared:  # a size that only some calls know
             raise _TooHard
@@ -128,7 +129,7 @@ class _Writer:
         if isinstance(spec, TensorSpec):
             return self._group({"_ts_r": spec}, known)[0]
         if isinstance(spec, UnionSpec):
-            return self._union("_ts_r", spec, known, set())
+            return self._union("_ts_r", spec, known, set())[0]
         if isinstance(spec, TupleSpec) and all(m is None or isinstance(m, TensorSpec) for m in spec.members):
             members = {f"_ts_r{i}": m for i, m in enumerate(spec.members)}
             lines = ["if not isinstance(_ts_r, (tuple, list)): raise TypeError", f"{''.join(f'{m}, ' for m in members)}"
@@ -136,23 +137,26 @@ class _Writer:
             return lines + self._group({name: m for name, m in members.items() if m is not None}, known)[0]
         raise _TooHard
 
-    def _union(self, value: str, spec: UnionSpec, known: Mapping[str, str], local: set[str]) -> list[str]:
-        """Branches by None and by rank."""
+    def _union(self, value: str, spec: UnionSpec, known: Mapping[str, str], local: set[str],
+               ) -> tuple[list[str], dict[str, str]]:
+        """Branches by None and by rank; the sizes known after it are those that every branch finds."""
         tensors = [m for m in spec.members if m is not None]
+        optional = len(tensors) < len(spec.members)
         if not all(isinstance(m, TensorSpec) for m in tensors) or any(self._names_of(m) & local for m in tensors):
             raise _TooHard
-        for member in tensors:
-            local |= self._names_of(member) - known.keys()
-        lines = [f"if {value} is None: pass"] if None in spec.members else []
-        if len(tensors) == 1:
-            return [*lines, "else:", *_indent(self._group({value: tensors[0]}, known)[0])]
         ranks = [len(m.dims) for m in tensors if m.dims is not None and m.ellipsis is None]
-        if len(set(ranks)) != len(tensors):
+        if len(tensors) > 1 and len(set(ranks)) != len(tensors):
             raise _TooHard
-        for rank, member in zip(ranks, tensors):
-            lines += [f"{'elif' if lines else 'if'} {value}.ndim == {rank}:",
-                      *_indent(self._group({value: member}, known)[0])]
-        return [*lines, "else: raise TypeError"]
+        branches = [self._group({value: m}, known) for m in tensors]
+        everywhere = set.intersection(*(set(found) - set(known) for _, found in branches)) if not optional else set()
+        shared = {name: f"_ts_{next(self.counter)}_{name}" for name in sorted(everywhere)}
+        local |= {name for _, found in branches for name in found} - known.keys() - everywhere
+        lines = [f"if {value} is None: pass"] if optional else []
+        for rank, (checks, found) in zip(ranks or [0], branches):
+            word = "elif" if lines else "if"
+            head = "else:" if len(tensors) == 1 and optional else f"{word} {value}.ndim == {rank}:"
+            lines += [head, *_indent(checks), *_indent(f"{shared[n]} = {found[n]}" for n in shared)]
+        return lines + ([] if head == "else:" else ["else: raise TypeError"]), {**known, **shared}
 
     @staticmethod
     def _names_of(spec: Any) -> set[str]:

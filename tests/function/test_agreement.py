@@ -76,3 +76,45 @@ def test_arguments_and_results(seed) -> None:
             except ShapeError:
                 verdicts.append(False)
         assert verdicts == [expected, expected], (dims, shapes, dtypes, n)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_unions_and_containers(seed) -> None:
+    rng = random.Random(100 + seed)
+    for _ in range(25):
+        base = ("A", "B", "C")
+        first = tuple(rng.choice(("A", "B", 2, "A+1")) for _ in range(rng.randint(1, 2)))
+        second = tuple(rng.choice(("B", "C", "A+B")) for _ in range(rng.randint(1, 3)))
+        each = tuple(rng.choice(("A", "B", "C", 2)) for _ in range(rng.randint(0, 2)))
+        optional = rng.random() < 0.5
+
+        def f(x, choice, items):
+            return choice
+
+        union = Tensor[first] | Tensor[second]
+        f.__annotations__ = {"x": Tensor[base], "choice": union | None if optional else union,
+                             "items": list[Tensor[each]] if rng.random() < 0.7 else object}
+        sizes = {"A": rng.randint(0, 2), "B": rng.randint(0, 2), "C": rng.randint(1, 3), "n": 0}
+
+        def shape(dims, sizes=sizes):
+            made = [int(eval(str(dim), {}, dict(sizes))) for dim in dims]
+            if made and rng.random() < 0.2:
+                made[rng.randrange(len(made))] = rng.randint(0, 4)
+            return tuple(made)
+
+        x = torch.empty(shape(base))
+        choice = None if rng.random() < 0.2 else torch.empty(shape(rng.choice((first, second))))
+        items = [torch.empty(shape(each)) for _ in range(rng.randint(0, 3))]
+        listed = [] if f.__annotations__["items"] is object else items
+        readings = [[]] if choice is None and optional else [] if choice is None else [[first], [second]]
+        expected = any(holds([base, *r, *[each] * len(listed)],
+                             [tuple(x.shape), *[tuple(choice.shape) for _ in r], *[tuple(i.shape) for i in listed]], 0)
+                       for r in readings)
+        arguments = {"x": x, "choice": choice, "items": items}
+        for check in (lambda: ts.function(f)(**arguments), lambda: match(read_signature(f), arguments)):  # noqa: B023
+            try:
+                check()
+                verdict = True
+            except ShapeError:
+                verdict = False
+            assert verdict == expected, (base, first, second, each, arguments)
