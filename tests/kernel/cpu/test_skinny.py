@@ -41,6 +41,24 @@ def batched(x: Tile["B", "M", "K"], weight: Tile["B", "N", "K"], out: Tile["B", 
     tile.store(out, tile.mma(tile.load(x), tile.transpose(tile.load(weight))))
 
 
+@kernel
+def grouped_rows(x: Tile["M", "K"], quants: Tile["K", "N", int8], scale: Tile["K/32", "N", f32], out: Tile["M", "N"]):
+    depth, columns = quants.shape
+    groups = tile.reshape(tile.cast(tile.load(quants), f32), (depth // 32, 32, columns))
+    weight = tile.reshape(groups * tile.load(scale)[:, None, :], (depth, columns))
+    tile.store(out, tile.mma(tile.load(x), weight))
+
+
+@kernel
+def one_row(x: Tile[1, "K"], weight: Tile["N", "K"], out: Tile[1, "N"]):
+    tile.store(out, tile.mma(tile.load(x), tile.transpose(tile.load(weight))))
+
+
+@kernel
+def three_rows(x: Tile[3, "K"], weight: Tile["N", "K"], out: Tile[3, "N"]):
+    tile.store(out, tile.mma(tile.load(x), tile.transpose(tile.load(weight))))
+
+
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -116,6 +134,21 @@ def test_a_factor_of_each_column_inside_the_product(rows):
     x, scale = draw(20, 90, seed=1), draw(50, seed=2)
     w = (draw(50, 90, seed=3) * 40).to(torch.int8)
     close(run(scaled_columns, rows, 50, x[:rows], w, scale), x[:rows], w.float() * scale[:, None])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_groups_along_the_columns_of_memory(rows):
+    x, scale = draw(20, 96, seed=1), draw(3, 50, seed=2)
+    quants = (draw(96, 50, seed=3) * 40).to(torch.int8)
+    weight = (quants.float().reshape(3, 32, 50) * scale[:, None]).reshape(96, 50)
+    close(run(grouped_rows, rows, 50, x[:rows], quants, scale), x[:rows], weight.T)
+
+
+def test_a_number_of_rows_that_is_known():
+    x, w = draw(3, 77, seed=1), draw(41, 77, seed=2)
+    full = run(kernels.linear_kernel, 3, 41, x, w)
+    assert torch.equal(run(three_rows, 3, 41, x, w), full)
+    assert torch.equal(run(one_row, 1, 41, x[2:], w), full[2:])
 
 
 @pytest.mark.parametrize("rows", [1, 6, 18])

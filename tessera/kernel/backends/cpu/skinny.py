@@ -130,7 +130,7 @@ class _Reading:
                 group = math.lcm(group, run_elements(memory))
         narrow = min((memory.dtype.bits for memory, _ in rows), default=32)
         self.block = math.lcm(group, BLOCK) if group <= _LARGEST_BLOCK else BLOCK
-        self.depth = DEPTH // self.block * self.block if rows else ALONG_DEPTH
+        self.depth = (DEPTH if rows else max(ALONG_DEPTH, self.block)) // self.block * self.block
         self.turn = self.block if narrow > 8 else product.dot.pack
         self._single = 4 if not rows or narrow <= 8 else 2
         self.pitch = None
