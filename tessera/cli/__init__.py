@@ -1,4 +1,4 @@
-"""The command `tessera`: generate, chat, info, convert, plan, env.
+"""The command `tessera`: generate, chat, info, convert, plan, check, launch, env.
 
 In: the command line. Out: text or JSON on stdout, one line `error: ...` on stderr, an exit code. Nothing
 heavy is imported before a command runs, so that `tessera --help` is quick.

@@ -11,6 +11,7 @@ kept as it is.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import Counter
@@ -37,7 +38,7 @@ class checkpoint_region:
                 hidden = swish(x @ gate[:, i:i + chunk]) * (x @ up[:, i:i + chunk])
                 out += hidden @ down[i:i + chunk]
 
-    The memory goes when the block ends and its variables are gone. Each operation inside costs some 20 microseconds
+    The memory goes when the block ends and its variables are gone. Each operation inside costs some 25 microseconds
     more, and in the backward pass once more what it cost. Without gradients it does nothing; under torch.compile the
     compiler decides what is recomputed.
     """
@@ -81,14 +82,31 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
-        flat, form = tree_flatten((args, dict(kwargs or {})))
+        flat, form = _flatten(args, kwargs)
         inputs = [self.tape.read(a) if isinstance(a, Tensor) else a for a in flat]
         states = _random_states(flat) if torch.Tag.nondeterministic_seeded in func.tags else []
         out = func(*args, **(kwargs or {}))
-        written = {id(x) for x in _written(func, args, kwargs or {})}
-        positions = [i for i, a in enumerate(flat) if id(a) in written]
+        written = {id(x) for x in _written(func, args, kwargs or {})} if _writes(func) else ()
+        positions = [i for i, a in enumerate(flat) if id(a) in written] if written else []
         self.tape.record(_Step(func, inputs, form, states), flat, positions, out)
         return out
+
+
+def _flatten(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[list[Any], TreeSpec | None]:
+    """All arguments in a list, and their form; None for the usual one, positions without lists."""
+    if not kwargs and not any(isinstance(a, (list, tuple)) for a in args):
+        return list(args), None
+    return tree_flatten((args, dict(kwargs or {})))
+
+
+def _results(out: Any) -> list[Any]:
+    return [out] if isinstance(out, Tensor) else tree_flatten(out)[0]
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Whether an operation changes an argument."""
+    return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -124,7 +142,7 @@ class _Step:
 
     function: Any
     inputs: list[Any]
-    form: TreeSpec  # of (args, kwargs), flattened into inputs
+    form: TreeSpec | None  # of (args, kwargs), flattened into inputs
     states: list[tuple[torch.Generator, Tensor]]
     results: list[tuple[int, int]] = field(default_factory=list)
     changes: list[tuple[int, int]] = field(default_factory=list)
@@ -139,11 +157,11 @@ class _Step:
         flat = [values[a.index] if isinstance(a, _Ref) else a for a in self.inputs]
         for position, _ in self.changes:
             flat[position] = flat[position].clone()
-        args, kwargs = tree_unflatten(flat, self.form)
+        args, kwargs = (flat, {}) if self.form is None else tree_unflatten(flat, self.form)
         before = [(g, g.get_state()) for g, _ in self.states]
         for generator, state in self.states:
             generator.set_state(state)
-        out = tree_flatten(self.function(*args, **kwargs))[0]
+        out = _results(self.function(*args, **kwargs))
         for generator, state in before:
             generator.set_state(state)
         values.update({index: out[position] for position, index in self.results})
@@ -219,7 +237,7 @@ class _Tape:
         for position in written:
             index = self._new(flat[position])
             step.changes.append((position, index))
-        for position, x in enumerate(tree_flatten(out)[0]):
+        for position, x in enumerate(_results(out)):
             # A result that is a changed argument, or a view of all of one, is known already.
             if isinstance(x, Tensor) and _key(x) not in self.current:
                 step.results.append((position, self._new(x)))
