@@ -132,5 +132,5 @@ _BACKWARD = Operation(
 _ACTIVATION = Operation(
     "activation(Tensor x, str kind, float beta) -> Tensor",
     kernel=_kernel, reference=_reference, fake=lambda x, kind, beta: empty_like(x),
-    save=lambda inputs, output: inputs,
+    save=lambda inputs, output: tuple(inputs),
     backward=lambda saved, grad: (_BACKWARD(grad, *saved), None, None))

@@ -79,21 +79,29 @@ def swiglu(gate: Tensor, up: Tensor, /, *, beta: float = ...) -> Tensor: ...
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, /, beta: float = ...) -> Tensor: ...
 
 
-def swiglu(*tensors: Tensor, beta: float = 1.0) -> Tensor:
+def swiglu(
+    first: Tensor, second: Tensor, w_up: Tensor | None = None, w_down: Tensor | None = None, /, beta: float = 1.0,
+) -> Tensor:
     """silu(gate) * up, or the whole gated MLP of Llama (arXiv:2002.05202).
 
     Args:
-        tensors: gate and up, [..., F]; or x [..., D], w_gate and w_up [D, F], w_down [F, D], for
-            (swish(x w_gate, beta) * (x w_up)) w_down.
+        first, second: gate and up, [..., F]; with the two weights below, x [..., D] and w_gate [D, F].
+        w_up, w_down: [D, F] and [F, D], for (swish(x w_gate, beta) * (x w_up)) w_down.
         beta: the factor inside the sigmoid.
 
     Returns:
         [..., F], or [..., D].
+
+    Raises:
+        ShapeError: the tensors do not fit.
+        InputError: one weight given without the other.
     """
-    if len(tensors) == 2:
-        return gated(tensors[0], tensors[1], "silu", beta)
-    x, w_gate, w_up, w_down = _check_mlp(tensors)
-    return gated(x @ w_gate, x @ w_up, "silu", beta) @ w_down
+    if w_up is None and w_down is None:
+        return gated(first, second, "silu", beta)
+    if w_up is None or w_down is None:
+        raise InputError("swiglu: 3 tensors given; expected gate and up, or x, w_gate, w_up and w_down")
+    _check_mlp(first, second, w_up, w_down)
+    return gated(first @ second, first @ w_up, "silu", beta) @ w_down
 
 
 def fused_mlp(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, activation: str = "silu") -> Tensor:
@@ -112,7 +120,7 @@ def fused_mlp(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, activation: str
         ShapeError: the weights do not fit.
         InputError: an unknown activation.
     """
-    _check_mlp((x, gate, up, down))
+    _check_mlp(x, gate, up, down)
     return gated(x @ gate, x @ up, activation) @ down
 
 
@@ -143,7 +151,7 @@ def swiglu_memory_efficient(
         ShapeError: the weights do not fit.
         InputError: chunk_size below 1.
     """
-    _check_mlp((x, w_gate, w_up, w_down))
+    _check_mlp(x, w_gate, w_up, w_down)
     if chunk_size < 1:
         raise InputError(f"chunk_size: {chunk_size} given; expected at least 1")
     out = torch.zeros(x.shape, dtype=widen(x[..., :0]).dtype, device=x.device)
@@ -154,10 +162,7 @@ def swiglu_memory_efficient(
     return out.to(x.dtype)
 
 
-def _check_mlp(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if len(tensors) != 4:
-        raise InputError(f"swiglu: {len(tensors)} tensors given; expected gate and up, or x, w_gate, w_up and w_down")
-    x, w_gate, w_up, w_down = tensors
+def _check_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> None:
     width = w_gate.shape[1] if w_gate.dim() == 2 else -1
     wanted = {"w_gate": (w_gate, (x.shape[-1], width)), "w_up": (w_up, (x.shape[-1], width)),
               "w_down": (w_down, (width, x.shape[-1]))}
@@ -165,7 +170,6 @@ def _check_mlp(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if tuple(weight.shape) != shape:
             raise ShapeError(f"{name}: {list(weight.shape)} given; expected {list(shape)} for x {list(x.shape)} and "
                              f"w_gate {list(w_gate.shape)}")
-    return tensors
 
 
 def _check_activation(activation: str) -> None:
@@ -241,7 +245,7 @@ _BACKWARD = Operation(
 
 _GATED = Operation(
     "gated(Tensor gate, Tensor up, str kind, float beta) -> Tensor",
-    kernel=_kernel, reference=_reference, fake=_fake, save=lambda inputs, output: inputs,
+    kernel=_kernel, reference=_reference, fake=_fake, save=lambda inputs, output: tuple(inputs),
     backward=lambda saved, grad: (*_BACKWARD(grad, *saved), None, None))
 
 _PACKED_BACKWARD = Operation(
@@ -254,5 +258,5 @@ _PACKED_BACKWARD = Operation(
 _GATED_PACKED = Operation(
     "gated_packed(Tensor gate_up, str kind, float beta) -> Tensor",
     kernel=_packed_kernel, reference=lambda gate_up, kind, beta: _reference(*_halves(gate_up), kind, beta),
-    fake=_fake_packed, save=lambda inputs, output: inputs,
+    fake=_fake_packed, save=lambda inputs, output: tuple(inputs),
     backward=lambda saved, grad: (_PACKED_BACKWARD(grad, *saved), None, None))

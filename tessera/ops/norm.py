@@ -293,7 +293,7 @@ _RMS_NORM_BACKWARD = Operation(
 _RMS_NORM = Operation(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     kernel=_rms_norm_kernel, reference=_rms_norm_reference, fake=_fake_norm,
-    save=lambda inputs, output: inputs,
+    save=lambda inputs, output: tuple(inputs),
     backward=lambda saved, grad: (*_RMS_NORM_BACKWARD(grad, saved[0], saved[1], None, saved[2]), None))
 
 
@@ -316,5 +316,5 @@ _LAYER_NORM_BACKWARD = Operation(
 _LAYER_NORM = Operation(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     kernel=_layer_norm_kernel, reference=_layer_norm_reference, fake=_fake_norm,
-    save=lambda inputs, output: inputs,
+    save=lambda inputs, output: tuple(inputs),
     backward=lambda saved, grad: (*_LAYER_NORM_BACKWARD(grad, *saved), None))

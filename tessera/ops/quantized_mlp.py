@@ -68,9 +68,9 @@ def swiglu_quantized(
         raise InputError(f"scales: {', '.join(scales) or 'none'} given; expected {', '.join(missing)} as well")
     if not is_quantized(x.dtype):
         scales = {**scales, "input": 1.0, "hidden": 1.0, "output": 1.0}
-    into = {"input_scale": float(scales["input"])}
-    gate = quantized_matmul(x, w_gate, weight_scale=scales["gate_weight"], **into)
-    up = quantized_matmul(x, w_up, weight_scale=scales["up_weight"], **into)
+    input_scale = float(scales["input"])
+    gate = quantized_matmul(x, w_gate, input_scale=input_scale, weight_scale=scales["gate_weight"])
+    up = quantized_matmul(x, w_up, input_scale=input_scale, weight_scale=scales["up_weight"])
     hidden_scale = float(scales.get("hidden", 1.0))
     hidden = saturate(gated(gate, up, "silu", beta) / hidden_scale, x.dtype)
     return quantized_matmul(

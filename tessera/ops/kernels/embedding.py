@@ -59,7 +59,7 @@ def sparse_embedding_kernel(
     ids: Tile["N"], blocks: Tile["M", "R", "C"], pointers: Tile["G+1"], columns: Tile["M"], scales: Tile["M", f32],
     out: Tile["N", "D"],
 ):
-    """out[n] = row ids[n] of a block-sparse table: zeros, and its part of the blocks that are there, times their scales.
+    """out[n] = row ids[n] of a block-sparse table: zeros, and its part of the blocks that are there times their scales.
 
     Args:
         ids: [N] ints in [0, G R).
