@@ -77,7 +77,7 @@ class SharedLine:
         self.ranks, self.here, self._watchdog = tuple(ranks), here, watchdog
         self._memory = memory
         self._first = ctypes.c_char.from_buffer(memory)  # holds the mapping
-        cores = len(os.sched_getaffinity(0))
+        cores = os.cpu_count() or 1  # not those of this process: ranks may be pinned to one each
         self.channel = native.Channel(
             ctypes.addressof(self._first), here, len(ranks), fail=self._fail,
             spins=native.SPINS if len(ranks) <= cores else 0)

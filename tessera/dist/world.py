@@ -25,6 +25,7 @@ DEFAULT_TIMEOUT = 300.0  # seconds
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _watchdog: Watchdog | None = None
 _store: Any = None
+_n_joined = 0  # jobs so far, in this process: names in a store that outlives a job are not used twice
 _lines: dict[tuple[int, ...], shared.SharedLine | None] = {}
 _timeout = datetime.timedelta(seconds=DEFAULT_TIMEOUT)
 
@@ -40,7 +41,7 @@ def init(backend: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         InputError: the environment contradicts itself, or timeout is not positive.
         CollectiveError: the other ranks do not come.
     """
-    global _watchdog, _store, _timeout
+    global _watchdog, _store, _n_joined, _timeout
     if is_initialized() or "RANK" not in os.environ:
         return
     rank, size = _environment_int("RANK"), _environment_int("WORLD_SIZE")
@@ -58,7 +59,7 @@ def init(backend: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
     # With torchrun and `tessera launch` the store lives in the launcher and outlives every rank.
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = torch_dist.TCPStore(host, port, size, is_master=is_host, timeout=_timeout, wait_for_workers=False)
-    _store = store.clone()
+    _store, _n_joined = store.clone(), _n_joined + 1
     _watchdog = Watchdog(store.clone(), rank, size, timeout=timeout)
     with _watchdog.watching("init", "world", (), range(size)):
         torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout)
@@ -105,7 +106,7 @@ def shared_line(ranks: Sequence[int]) -> shared.SharedLine | None:
         if _watchdog is None:  # nobody would notice a death
             return None
         with _watchdog.watching("share memory", "world", (), line):
-            name = f"tessera/shared/{','.join(map(str, line))}"
+            name = f"tessera/shared/{_n_joined}/{','.join(map(str, line))}"
             _lines[line] = shared.attach(_store, name, line, line.index(get_rank()), _watchdog)
     return _lines[line]
 
