@@ -202,14 +202,14 @@ def _resident(ctx: Context, op: Op, memory: Memory) -> None:
     a, w, type_ = op.operands[0], op.operands[1], op.result.type
     sizes = ctx.size(type_.extent(type_.rank - 2)), ctx.size(type_.extent(type_.rank - 1)), inner_extent(ctx, op)
     scratch = ctx.scratch(resident.scratch_bytes(ctx, op))
-    left = _in_f32(ctx, a)
+    left, stored = _in_f32(ctx, a), memory_of(ctx, w)
 
     def nest(batch: tuple[Val, ...]) -> None:
         if len(batch) < type_.rank - 2:
             with each(ctx, ctx.size(type_.extent(len(batch)))) as index:
                 nest((*batch, index))
             return
-        right = packing_source(ctx, w, batch if w.type.rank > 2 else (), F32_CHAIN, lanes_axis=1)
+        right = stored or packing_source(ctx, w, batch if w.type.rank > 2 else (), F32_CHAIN, lanes_axis=1)
         resident.multiply(ctx, op, left, right, memory, batch, sizes, scratch)
 
     nest(())

@@ -7,18 +7,21 @@ A packed product reads and writes each operand once more than it has to, which p
 many times. Here a block is used once or a few times: the left operand is read where it is, whichever way it runs,
 and so is a right operand whose lanes lie side by side. Only a right operand that runs along k is transposed.
 
-The routine is a function of its own, shared by the products of a kernel: one product inlined after the other would
-make the loop that holds them so large that LLVM's loop passes take most of the time to compile.
+The routines are functions of their own, shared by the products of a kernel: one product inlined after the other
+would make the loop that holds them so large that LLVM's loop passes take most of the time to compile.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tessera.kernel.backends.cpu import mma
-from tessera.kernel.backends.cpu.context import ZERO, Context, Memory
+from tessera.kernel.backends.cpu.context import ZERO, Context, Memory, storage_type
 from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Builder, Function, Val, const, vec
 from tessera.kernel.backends.cpu.mma_dot import F32_CHAIN
 from tessera.kernel.backends.cpu.mma_micro import ladder
-from tessera.kernel.backends.cpu.mma_pack import Source, pack_panels
+from tessera.kernel.backends.cpu.mma_pack import Source, pack_panels, strided
+from tessera.kernel.backends.cpu.storage import from_storage
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Op
 
@@ -41,18 +44,24 @@ def scratch_bytes(ctx: Context, op: Op) -> Dim:
     return (columns.ceildiv(t.nr) * t.nr * depth + t.nr) * 4
 
 
-def multiply(ctx: Context, op: Op, a: Memory, w: Source, c: Memory, batch: tuple[Val, ...],
+def multiply(ctx: Context, op: Op, a: Memory, w: Memory | Source, c: Memory, batch: tuple[Val, ...],
              sizes: tuple[Val, Val, Val], scratch: Val) -> None:
     """C[m, n] = A[m, k] @ W[k, n] at one batch index, or C += where the product has an accumulator.
 
     Args:
         a: the left operand in f32, with any strides.
+        w: the right operand: memory of any float type and strides, or what is computed while it is packed.
         sizes: m, n, k.
         scratch: `scratch_bytes`, 64-byte aligned.
     """
     b, t = ctx.b, mma.tiling(ctx.target)
     m, n, k = sizes
-    pointer, w_k, w_panel = _right(b, t, w, n, k, scratch)
+    if isinstance(w, Memory):
+        at_w = w.address(b, (*batch[:len(w.strides) - 2], ZERO, ZERO))
+        pointer, w_k, w_panel = _right(b, t, at_w, w, n, k, scratch)
+    else:
+        pack_panels(b, F32_CHAIN, w, t.lanes, t.nr, ZERO, n, ZERO, k, scratch, k)
+        pointer, w_k, w_panel = scratch, const(t.nr, I64), b.mul(k, t.nr)
     at_a = a.address(b, (*batch[:len(a.strides) - 2], ZERO, ZERO))
     rows = op.result.type.shape[-2].const or 0
     routine = ctx.module.helper(
@@ -61,20 +70,37 @@ def multiply(ctx: Context, op: Op, a: Memory, w: Source, c: Memory, batch: tuple
            c.strides[-2], k, const(int(len(op.operands) == 3), I1), m, n)
 
 
-def _right(b: Builder, t: mma.Tiling, w: Source, n: Val, k: Val, scratch: Val) -> tuple[Val, ...]:
-    """Where the right operand's panels are: (pointer, stride of k, stride of panels)."""
-    def pack() -> tuple[Val, ...]:
-        pack_panels(b, F32_CHAIN, w, t.lanes, t.nr, ZERO, n, ZERO, k, scratch, k)
-        return scratch, const(t.nr, I64), b.mul(k, t.nr)
-
-    if w.direct is None or w.direct[1].const != 1:
-        return pack()
-    pointer, _, w_k = w.direct
+def _right(b: Builder, t: mma.Tiling, at: Val, w: Memory, n: Val, k: Val, scratch: Val) -> tuple[Val, ...]:
+    """Where the panels of a right operand in memory are: (pointer, stride of k, stride of panels)."""
+    w_k, w_lane = w.strides[-2:]
+    along = "k" if w_k.const == 1 else "lanes" if w_lane.const == 1 else "none"
+    routine = b.module.helper(
+        f"pack_{w.dtype.name}_{along}", VOID, _PACK_PARAMS, lambda function: _pack(function, t, w, along), inline=False)
+    packed = scratch, const(t.nr, I64), b.mul(k, t.nr)
+    if along != "lanes" or w.dtype.name != "f32":
+        b.call(routine, at, w_lane, w_k, n, k, scratch)
+        return packed
     with b.if_(b.cmp("gt", w_k, MOST_STRIDE)) as branch:
-        branch.give(pack())
+        b.call(routine, at, w_lane, w_k, n, k, scratch)
+        branch.give(packed)
     with branch.else_():
-        branch.give([pointer, w_k, const(t.nr, I64)])
+        branch.give([at, w_k, const(t.nr, I64)])
     return tuple(branch.results)
+
+
+_PACK_PARAMS = [("w", "ptr noalias readonly"), ("w_lane", I64), ("w_k", I64), ("n", I64), ("k", I64),
+                ("out", "ptr noalias")]
+
+
+def _pack(function: Function, t: mma.Tiling, w: Memory, along: str) -> None:
+    """All panels of a block."""
+    b = function.builder
+    pointer, w_lane, w_k, n, k, out = function.args
+    w_lane, w_k = (const(1, I64) if along == axis else stride for axis, stride in (("lanes", w_lane), ("k", w_k)))
+    plain = strided(b, pointer, w_lane, w_k, storage_type(w.dtype))
+    source = replace(plain, read=lambda *at: from_storage(b, plain.read(*at), w.dtype))
+    pack_panels(b, F32_CHAIN, source, t.lanes, t.nr, ZERO, n, ZERO, k, out, k)
+    b.ret()
 
 
 _PARAMS = [("a", "ptr noalias readonly"), ("a_row", I64), ("a_k", I64),
@@ -136,7 +162,8 @@ def _emit_kernel(function: Function, t: mma.Tiling, rows: int, edge: bool) -> No
     masks = [b.lane_mask(b.sub(columns, v * t.lanes), t.lanes) if edge else None for v in range(t.vectors)]
 
     def read(at: Val, v: int) -> Val:
-        return b.load(at, ty) if masks[v] is None else b.masked_load(at, ty, masks[v])
+        mask = masks[v]
+        return b.load(at, ty) if mask is None else b.masked_load(at, ty, mask)
 
     outputs = [b.gep(b.gep(c, b.mul(ldc, row), F32), v * t.lanes, F32) for row in range(rows) for v in range(t.vectors)]
     a_rows = [b.gep(a, b.mul(a_row, row), F32) for row in range(rows)]
