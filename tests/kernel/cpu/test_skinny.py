@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera import Tile, f32, int8, int32, kernel, tile
+from tessera import Tile, f32, int4, int8, int32, kernel, tile
 from tessera.kernel import Kernel
 from tessera.kernel.backends import cpu
 from tessera.kernel.backends.cpu.host import Target, runs_here, target
@@ -47,6 +47,12 @@ def grouped_rows(x: Tile["M", "K"], quants: Tile["K", "N", int8], scale: Tile["K
     groups = tile.reshape(tile.cast(tile.load(quants), f32), (depth // 32, 32, columns))
     weight = tile.reshape(groups * tile.load(scale)[:, None, :], (depth, columns))
     tile.store(out, tile.mma(tile.load(x), weight))
+
+
+@kernel
+def nibbles_from(x: Tile["M", 64], quants: Tile["N", "K", int4], out: Tile["M", "N"], start: int):
+    weight = tile.cast(tile.load(quants[:, start:start + 64]), f32)
+    tile.store(out, tile.mma(tile.load(x), tile.transpose(weight)))
 
 
 @kernel
@@ -142,6 +148,16 @@ def test_groups_along_the_columns_of_memory(rows):
     quants = (draw(96, 50, seed=3) * 40).to(torch.int8)
     weight = (quants.float().reshape(3, 32, 50) * scale[:, None]).reshape(96, 50)
     close(run(grouped_rows, rows, 50, x[:rows], quants, scale), x[:rows], weight.T)
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 33])
+def test_int4_from_the_middle_of_a_byte(start):
+    x, quants = draw(5, 64, seed=start), torch.randint(-8, 8, (45, 100), generator=torch.Generator().manual_seed(start))
+    packed = (quants[:, ::2] & 15 | (quants[:, 1::2] & 15) << 4).to(torch.uint8)
+    for rows in (1, 5):
+        out = torch.full((rows, 45), float("nan"))
+        nibbles_from(x[:rows], packed, out, start)
+        close(out, x[:rows], quants[:, start:start + 64])
 
 
 def test_a_number_of_rows_that_is_known():
