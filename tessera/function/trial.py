@@ -88,11 +88,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that failed: the exception, the sizes, and whether an argument that is no tensor had to be made up."""
+    """A run that failed: the exception and the sizes; whether an argument that is no tensor had to be made up; and the
+    numbers that a method's object holds."""
 
     error: BaseException
     sizes: Sizes
     invented: bool
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ def _is_about_dtypes(failure: Failure) -> bool:
 
 
 def _other_sizes(signature: Signature, failure: Failure, divides: bool) -> Iterator[Sizes]:
-    """Choices that a function may need: ints that divide every dim, dims that are the constructor's ints, and dims
-    that divide each other, where the function divides or could not reshape."""
+    """Choices that a function may need: ints that divide every dim, dims that are the constructor's ints or what the
+    object holds, and dims that divide each other, where the function divides or could not reshape."""
     yield Sizes(factor=12, plain_int=2)
     names = _dim_names(signature)
     made = [n for n in failure.sizes.numbers if n.startswith(f"{_CONSTRUCTOR}.")]
@@ -183,6 +185,10 @@ def _other_sizes(signature: Signature, failure: Failure, divides: bool) -> Itera
                     sizes.numbers = dict(zip(dims, map(sizes.of, ints)))
                     sizes.numbers |= {i: sizes.numbers[d] for d, i in zip(dims, ints)}
                     yield sizes
+    for count in (1, 2):
+        for dims in itertools.combinations(names, count):
+            for held in itertools.permutations(failure.held, count):
+                yield Sizes(numbers=dict(zip(dims, held)), plain_int=2)
     if not divides and not _ABOUT_FACTORS.search(str(failure.error)):
         return
     for whole, part in itertools.permutations(names, 2):
@@ -221,8 +227,16 @@ def _run(function: Callable[..., Any], signature: Signature, owner: type | None,
         except Exception as error:
             if problem is not None and isinstance(error, AttributeError):
                 raise problem from None
-            return Failure(error, sizes, maker.invented)
+            return Failure(error, sizes, maker.invented, _held(instance))
     return None
+
+
+def _held(instance: Any) -> tuple[int, ...]:
+    """Sizes of an object's tensors, and its ints, the smallest first."""
+    found = {v for v in getattr(instance, "__dict__", {}).values() if type(v) is int}
+    if isinstance(instance, torch.nn.Module):
+        found |= {n for x in (*instance.parameters(), *instance.buffers()) for n in x.shape}
+    return tuple(sorted(n for n in found if n > 1))
 
 
 def _instance(owner: type, maker: _Maker) -> tuple[Any, NoValue | None]:
@@ -271,9 +285,8 @@ class _Maker:
         self.signature, self.variant, self.sizes, self.dtypes = signature, variant, sizes, dtypes
         self.free = itertools.count()  # tensors without an annotated dtype, in order
         self.invented = False
-        self.leading = 2 if any(s.ellipsis is not None for p in signature.parameters for s in tensor_specs(p.spec)
-                                ) else 0
-        for name in _dim_names(signature):
+        # Int arguments first: the smallest primes, as some count or split what the dims measure.
+        for name in (*signature.sizes, *_dim_names(signature)):
             self.sizes.of(name)
 
     def arguments(self, instance: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -330,7 +343,8 @@ class _Maker:
         if spec.dims is None:
             return [self.sizes.of("a tensor's 1st dim"), self.sizes.of("a tensor's 2nd dim")]
         divisors: dict[str, int] = {}
-        for s in (s for p in self.signature.parameters for s in tensor_specs(p.spec)):
+        stated = [*(p.spec for p in self.signature.parameters), self.signature.result]
+        for s in (s for spec in stated for s in tensor_specs(spec)):
             for name, divisor in (split_fraction(a) for d in s.dims or () for a in d.atoms):
                 divisors[name] = math.lcm(divisors.get(name, 1), divisor)
         for name, divisor in divisors.items():

@@ -113,6 +113,36 @@ RIGHT = {
                 B, S, D = x.shape
                 return self.proj(x).view(B, S, self.num_heads, D // self.num_heads).reshape(B, S, D)
         """,
+    "what an object holds": """
+        class Attention(torch.nn.Module):
+            def __init__(self, dim: int = 64, heads: int = 4):
+                super().__init__()
+                self.heads, self.qkv, self.out = heads, torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+
+            @ts.function
+            def forward(self, x: Tensor["B", "S", "D"], mask: Tensor["S", "S"] | None = None) -> Tensor["B", "S", "D"]:
+                B, S, D = x.shape
+                q, k, v = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                return self.out(y.transpose(1, 2).reshape(B, S, D))
+        """,
+    "groups, counts and named ints": """
+        @ts.function
+        def quantize(x: Tensor["N", "K"], group: int = 32) -> Tuple[Tensor["N", "K", int8], Tensor["N", "K/32"]]:
+            N, K = x.shape
+            groups = x.view(N, K // group, group)
+            scale = groups.abs().amax(-1) / 127
+            return (groups / scale[..., None]).round().to(torch.int8).view(N, K), scale
+
+        @ts.function
+        def best(logits: Tensor["B", "V"], k: int) -> Tuple[Tensor["B", "k"], Tensor["B", "k"]]:
+            return torch.topk(logits, k)
+
+        @ts.function
+        def patches(x: Tensor["B", "C", "H*P", "W*P"], H: int, W: int, P: int) -> Tensor["B", "H*W", "C*P*P"]:
+            B, C, _, _ = x.shape
+            return x.view(B, C, H, P, W, P).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W, C * P * P)
+        """,
     "decorators": """
         @ts.checkpoint
         def chunks(x: Tensor["B", "S", "D"], gate: Tensor["D", "F"], down: Tensor["F", "D"], chunk: int = 8
