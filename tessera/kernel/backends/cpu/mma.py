@@ -9,8 +9,8 @@ computes it, how K is blocked and how work is split changes where the chain is c
 has the same bits at any M.
 
 The loops, from the outside: columns of C that share packed W (`width`); its rows, as many as fit a chunk of A in the
-second-level cache (`mc`); blocks of k (`kc`); the register tiles of `mma_micro.py`. W is packed for all of K once, A
-a chunk at a time.
+second-level cache (`mc`); blocks of k (`kc`); the register tiles of `mma_micro.py`. W is packed once, while the first
+rows are computed, A a chunk at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tessera.kernel.backends.cpu.mma_pack import UNIT, Source, pack_panels, pack
 from tessera.kernel.dims import Dim
 
 PACKED_BYTES = 32 << 20  # at most, of packed W; a deeper K makes the columns fewer
-_GROUP = 128  # columns that are handed on while they are in the cache; a multiple of any NR
+_GROUP = 64  # columns that are handed on while they are in the cache; a multiple of any NR
 _PAD = 16  # units behind a row of packed A: rows a power of two apart would share cache sets
 
 Done = Callable[[Val, Val, Val, Val, Val], None]
@@ -140,13 +140,16 @@ class Product:
         """Units of a panel of packed W: odd, so that panels do not share cache sets."""
         return self.b.or_(self.b.ceil_div(self.k, self.dot.pack), 1)
 
-    def pack_columns(self, first: Val, count: Val) -> None:
-        """Pack W for all of K, unless it is packed already."""
-        if not isinstance(self.w, Panels):
-            pack_panels(self.b, self.dot, self.w, self.t.lanes, self.t.nr, first, count, const(0, I64), self.k,
-                        self._packed, self._pitch)
+    def sum_columns(self, first: Val, count: Val) -> None:
+        """What has to be done with columns of W before the first rows: where sums are needed, all are packed."""
         if self.dot.shift:
-            self._sum_columns(first, count)
+            if not isinstance(self.w, Panels):
+                self._pack(first, count, const(0, I64), self.k, self._packed, self._pitch)
+            self._sum_packed(first, count)
+
+    def _pack(self, first: Val, count: Val, start: Val, depth: Val, to: Val, pitch: Val) -> None:
+        assert isinstance(self.w, Source)
+        pack_panels(self.b, self.dot, self.w, self.t.lanes, self.t.nr, first, count, start, depth, to, pitch)
 
     def _panels(self, first: Val) -> tuple[Val, Val]:
         """Packed W from a column on, and the units from panel to panel."""
@@ -155,7 +158,7 @@ class Product:
             return b.gep(self.w.pointer, b.mul(first, self.w.depth), F32), b.mul(self.w.depth, self.t.nr)
         return self._packed, b.mul(self._pitch, self.t.nr)
 
-    def _sum_columns(self, first: Val, count: Val) -> None:
+    def _sum_packed(self, first: Val, count: Val) -> None:
         b, t = self.b, self.t
         panels, step = self._panels(first)
         ty = vec(t.lanes, I32)
@@ -168,10 +171,14 @@ class Product:
             for v, total in enumerate(unit.results):
                 b.store(total, b.gep(self._sums, b.add(panel.i, v * t.lanes), F32))
 
-    def chunk(self, row: Val, rows: Val, column: Val, columns: Val, *, whole: bool, done: Done | None) -> None:
+    def chunk(self, row: Val, rows: Val, column: Val, columns: Val, *, alone: Val, whole: bool,
+              done: Done | None) -> None:
         """C[rows, columns] from a row and a column on: blocks of k in order.
 
+        The first rows pack W, some columns at a time, right before they use them.
+
         Args:
+            alone: no other rows follow: packed W need not be kept.
             whole: C is memory for all of the product, not for this chunk alone.
             done: called for some columns at a time, as soon as they are complete.
         """
@@ -180,7 +187,7 @@ class Product:
         pitch = 0 if self.a.along_k is False else t.kc + _PAD
         kernel = Kernel(target=self.target, dot=dot, lanes=t.lanes, mr=t.mr, nr=t.nr, pitch=pitch)
         block = block_kernel(b.module, kernel)
-        panels, step = self._panels(column)
+        panels, distance = self._panels(column)
         started = self._start(c, rows, columns)
         depth = _share(b, self.k, t.kc * dot.pack, 16 * dot.pack)
         with b.for_(0, b.max(self.k, 1), depth) as start:  # once for k = 0: the kernels clear C
@@ -190,12 +197,16 @@ class Product:
                 pack_rows(b, dot, self.a, t.lanes, row, rows, start.i, steps, self.memory, pitch)
             else:
                 pack_panels(b, dot, self.a, t.lanes, t.mr, row, rows, start.i, steps, self.memory, units)
-            w = b.gep(panels, b.mul(b.udiv(start.i, dot.pack), t.nr), F32)
             keep = b.or_(started, b.cmp("gt", start.i, 0))
-            with b.for_(0, columns, _GROUP if done else columns) as group:
-                wide = b.min(b.sub(columns, group.i), _GROUP) if done else columns
-                at = b.gep(w, b.mul(b.udiv(group.i, t.nr), step), F32)
-                b.call(block, self.memory, at, step, b.gep(c, group.i, F32), self.ldc, rows, wide, units, keep)
+            with b.for_(0, columns, _GROUP) as group:
+                wide = b.min(b.sub(columns, group.i), _GROUP)
+                at = b.add(b.mul(b.udiv(group.i, t.nr), distance), b.mul(b.udiv(start.i, dot.pack), t.nr))
+                w, step = b.gep(panels, at, F32), distance
+                if not isinstance(self.w, Panels) and not dot.shift:
+                    w, step = b.select(alone, panels, w), b.select(alone, b.mul(b.or_(units, 1), t.nr), distance)
+                    with b.if_(b.cmp("eq", row, 0)):
+                        self._pack(b.add(column, group.i), wide, start.i, steps, w, b.udiv(step, t.nr))
+                b.call(block, self.memory, w, step, b.gep(c, group.i, F32), self.ldc, rows, wide, units, keep)
                 if done:
                     with b.if_(b.cmp("ge", b.add(start.i, depth), self.k)):
                         done(row, column, group.i, rows, wide)
@@ -226,13 +237,14 @@ def matmul(b: Builder, products: Sequence[Product], *, m: Val, n: Val,
     """
     t, width = products[0].t, products[0].width
     step = _share(b, m, t.mc, t.mr)
+    alone = b.cmp("ge", step, m)
     if few:
         step, width = b.select(few[0], m, step), b.select(few[0], n, width)
     with b.for_(0, n, width) as column:
         columns = b.min(b.sub(n, column.i), width)
         with _unless(b, few and few[0]):
             for product in products:
-                product.pack_columns(column.i, columns)
+                product.sum_columns(column.i, columns)
         with b.for_(0, m, step) as row:
             rows = b.min(b.sub(m, row.i), step)
             if few:
@@ -242,7 +254,7 @@ def matmul(b: Builder, products: Sequence[Product], *, m: Val, n: Val,
                         done(row.i, column.i, const(0, I64), rows, columns)
             with _unless(b, few and few[0]):
                 for product in products:
-                    product.chunk(row.i, rows, column.i, columns, whole=done is None,
+                    product.chunk(row.i, rows, column.i, columns, alone=alone, whole=done is None,
                                   done=done if product is products[-1] else None)
 
 
