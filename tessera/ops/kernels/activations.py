@@ -34,27 +34,28 @@ def activate(x, kind, beta):
     return result
 
 
-def slope(x, kind, beta):
-    """The derivative of `activate`."""
+def value_and_slope(x, kind, beta):
+    """`activate` and its derivative; what both need is computed once."""
     if kind == "silu":
         share = tile.sigmoid(x * beta)
-        result = share * (1.0 + x * beta * (1.0 - share))
+        value = x * share
+        slope = share + beta * value * (1.0 - share)
     elif kind == "gelu":
-        result = 0.5 * (1.0 + tile.erf(x * math.sqrt(0.5))) + x * (_GAUSS * tile.exp(-0.5 * x * x))
+        share = 0.5 + 0.5 * tile.erf(x * math.sqrt(0.5))
+        value, slope = x * share, share + x * (_GAUSS * tile.exp(-0.5 * x * x))
     elif kind == "gelu_tanh":
-        x = tile.clamp(x, -10.0, 10.0)  # beyond, tanh is 1 in f32, and the powers of x would overflow
-        bend = tile.tanh(_TANH_SLOPE * (x + _TANH_CUBE * x * x * x))
-        steep = _TANH_SLOPE * (1.0 + 3.0 * _TANH_CUBE * x * x)
-        result = 0.5 * (1.0 + bend) + 0.5 * x * (1.0 - bend * bend) * steep
+        near = tile.clamp(x, -10.0, 10.0)  # beyond, tanh is 1 in f32, and the powers of x would overflow
+        bend = tile.tanh(_TANH_SLOPE * (near + _TANH_CUBE * near * near * near))
+        steep = _TANH_SLOPE * (1.0 + 3.0 * _TANH_CUBE * near * near)
+        value, slope = 0.5 * x * (1.0 + bend), 0.5 * (1.0 + bend) + 0.5 * near * (1.0 - bend * bend) * steep
     elif kind == "softcap":
         bend = tile.tanh(x / beta)
-        result = 1.0 - bend * bend
-    elif kind == "relu":
-        result = tile.where(x > 0.0, 1.0, 0.0)
+        value, slope = beta * bend, 1.0 - bend * bend
     else:
-        tile.static_assert(kind == "relu2", "kind: not an activation")
-        result = 2.0 * tile.relu(x)
-    return result
+        value, slope = activate(x, kind, beta), tile.where(x > 0.0, 1.0, 0.0)
+        if kind == "relu2":
+            slope = 2.0 * tile.relu(x)
+    return value, slope
 
 
 @kernel
@@ -77,7 +78,8 @@ def activation_backward_kernel(grad: Tile["B", "S", "F"], x: Tile["B", "S", "F"]
         grad, x, grad_x: [B, S, F].
         kind, beta: as in the forward pass.
     """
-    tile.store(grad_x, tile.cast(tile.load(grad), f32) * slope(tile.cast(tile.load(x), f32), kind, beta))
+    _, slope = value_and_slope(tile.cast(tile.load(x), f32), kind, beta)
+    tile.store(grad_x, tile.cast(tile.load(grad), f32) * slope)
 
 
 @kernel
@@ -118,5 +120,6 @@ def gated_backward_kernel(
         kind, beta: as in the forward pass.
     """
     gate_f32, grad_f32 = tile.cast(tile.load(gate), f32), tile.cast(tile.load(grad), f32)
-    tile.store(grad_gate, grad_f32 * tile.load(up) * slope(gate_f32, kind, beta))
-    tile.store(grad_up, grad_f32 * activate(gate_f32, kind, beta))
+    value, slope = value_and_slope(gate_f32, kind, beta)
+    tile.store(grad_gate, grad_f32 * tile.load(up) * slope)
+    tile.store(grad_up, grad_f32 * value)
