@@ -34,8 +34,9 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
     ctx = tile.context()
     rows, columns = ctx.block_m, ctx.block_n
     factor = scale * _LOG2_E
-    for batch, head, block in tile.grid(ctx.B, ctx.H, tile.cdiv(ctx.S, rows)):
-        first = block * rows
+    blocks = tile.cdiv(ctx.S, rows)
+    for batch, head, block in tile.grid(ctx.B, ctx.H, blocks):
+        first = (blocks - 1 - block) * rows  # the last queries see most keys: the longest work first
         place = first + ctx.T - ctx.S  # where the first query of the block stands among the keys
         shared = head // (ctx.H // ctx.H_kv)
         queries = tile.load(q[batch, head, first:first + rows])

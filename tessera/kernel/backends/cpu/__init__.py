@@ -18,7 +18,7 @@ from tessera.kernel import cache
 from tessera.kernel.backends.cpu import blocks, jit
 from tessera.kernel.backends.cpu import threads as openmp
 from tessera.kernel.backends.cpu.host import Target, target
-from tessera.kernel.backends.cpu.lower import asserts, lower
+from tessera.kernel.backends.cpu.lower import asserts, lower, uneven_segments
 from tessera.kernel.ir import Function
 from tessera.kernel.passes import prepare
 
@@ -42,7 +42,7 @@ class Compiled:
         """The LLVM text that the code was made from."""
         function = prepare(self._function, lambda f, dims: blocks.choose(f, dims, self._host))
         module, segments = lower(function, self._host)
-        openmp.emit_launch(module, segments)
+        openmp.emit_launch(module, segments, dynamic=uneven_segments(function))
         return module.text()
 
     def pack(self, args: Sequence[Any], sizes: Sequence[int], threads: int) -> bytes:

@@ -79,6 +79,24 @@ def _segments(body: Block) -> list[tuple[list[Op], list[Op]]]:
     return segments
 
 
+def uneven_segments(function: Function) -> list[int]:
+    """The segments whose items differ in cost: those with loops that an item's index, or what it reads, bounds."""
+    return [number for number, (_, ops) in enumerate(_segments(function.body)) if any(map(_is_uneven, ops))]
+
+
+def _is_uneven(op: Op) -> bool:
+    if op.name != "grid":
+        return False
+    varying = {arg.name for arg in op.regions[0].args}
+    for inner in ir.walk(op.regions[0]):
+        if inner.name == "while" or (inner.name == "for" and (
+                inner.attrs.get("early_exit") or any(bound.name in varying for bound in inner.operands[:3]))):
+            return True
+        if inner.name == "load" or any(operand.name in varying for operand in inner.operands):
+            varying |= {result.name for result in inner.results}
+    return False
+
+
 def _has_effects(op: Op) -> bool:
     return op.name in ir.EFFECTS or any(_has_effects(inner) for region in op.regions for inner in region.ops)
 
