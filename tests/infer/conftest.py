@@ -26,6 +26,12 @@ def smollm2(tokenizer):
 
 
 @pytest.fixture(scope="session")
+def smollm2_quantized(tokenizer):
+    """GPTModel with the file's own blocks, computing in float32."""
+    return ts.load_model(ts.hub.smollm2(), dtype="f32", keep_quantized=True)
+
+
+@pytest.fixture(scope="session")
 def smollm2_reference(tokenizer):
     """transformers' Llama with the same weights, dequantized by the gguf package."""
     transformers = pytest.importorskip("transformers")

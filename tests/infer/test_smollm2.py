@@ -29,14 +29,16 @@ def check(model, reference, prompts: list[list[int]], n_new: int) -> None:
         assert engine.generate([ids], n_new, do_sample=False).tolist() == expected.tolist()
 
 
-def test_greedy_equals_transformers(smollm2, smollm2_reference, tokenizer):
+@pytest.mark.parametrize("weights", ["smollm2", "smollm2_quantized"])
+def test_greedy_equals_transformers(weights, request, smollm2_reference, tokenizer):
     prompts = prompt_ids(tokenizer)
-    check(smollm2, smollm2_reference, [prompts[0], prompts[2], prompts[11]], 16)
+    check(request.getfixturevalue(weights), smollm2_reference, [prompts[0], prompts[2], prompts[11]], 16)
 
 
 @pytest.mark.slow
-def test_greedy_equals_transformers_on_20_prompts(smollm2, smollm2_reference, tokenizer):
-    check(smollm2, smollm2_reference, prompt_ids(tokenizer), 64)
+@pytest.mark.parametrize("weights", ["smollm2", "smollm2_quantized"])
+def test_greedy_equals_transformers_on_20_prompts(weights, request, smollm2_reference, tokenizer):
+    check(request.getfixturevalue(weights), smollm2_reference, prompt_ids(tokenizer), 64)
 
 
 def test_batch_equals_single_prompts(smollm2, tokenizer):
