@@ -132,14 +132,15 @@ class _Reading:
         self.block = math.lcm(group, BLOCK) if group <= _LARGEST_BLOCK else BLOCK
         self.depth = (DEPTH if rows else max(ALONG_DEPTH, self.block)) // self.block * self.block
         self.turn = self.block if narrow > 8 else product.dot.pack
-        self._single = 4 if not rows or narrow <= 8 else 2
+        # Of narrow elements more panels are needed to keep up with memory; 4-bit ones fill 16 registers with two.
+        self._single = 4 if not rows or narrow == 8 or (narrow < 8 and ctx.target.vector_registers > 16) else 2
         self.pitch = None
         if rows:
             memory, axis = max(rows, key=lambda row: row[0].dtype.bits)
             self.pitch = b.lshr(b.mul(memory.strides[axis], memory.dtype.bits), 3)
 
     def panels(self, rows: int) -> int:
-        """Panels at once, so that about eight sums are in flight: they hide the latency of an addition."""
+        """Panels at once: several sums in flight hide the latency of an addition."""
         return self._single if rows == 1 else _MOST // rows
 
 
