@@ -76,9 +76,12 @@ def linear_cross_entropy(
     return _sum_op(hidden_ND, weight, targets_N, share, *options, weight.requires_grad)[0]
 
 
-def _row_chunks(n_rows: int, n_classes: int) -> Iterator[slice]:
-    """Chunks of rows whose logits fit the cache, and are a small part of all."""
-    rows = min(max(_CHUNK // n_classes, _MIN_ROWS), _MAX_ROWS, max(_MIN_ROWS, -(-n_rows // 16)))
+def _row_chunks(n_rows: int, n_classes: int, itemsize: int) -> Iterator[slice]:
+    """Chunks of rows whose logits fit the cache, and are a small part of all.
+
+    In 16 bits, half as many: an addition of f32 to the weight's gradient costs more beside a product.
+    """
+    rows = min(max(_CHUNK // n_classes, _MIN_ROWS), _MAX_ROWS, max(_MIN_ROWS, -(-n_rows // (4 * itemsize))))
     return (slice(start, start + rows) for start in range(0, n_rows, rows))
 
 
@@ -136,8 +139,9 @@ def _sum_kernel(
     losses_N = hidden_ND.new_empty(n, dtype=torch.float32)
     d_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format)
     d_weight_VD = weight_VD.new_zeros(weight_VD.shape, dtype=torch.float32) if with_weight else None
-    scratch = hidden_ND.new_empty(_scratch(n, n_classes), dtype=torch.float32)
-    for rows in _row_chunks(n, n_classes):
+    chunks = list(_row_chunks(n, n_classes, hidden_ND.itemsize))
+    scratch = hidden_ND.new_empty(min(chunks[0].stop, n) * n_classes if n else 0, dtype=torch.float32)
+    for rows in chunks:
         logits_NV = _logits(hidden_ND[rows], low_VD, scratch)
         grad_NV = _gradient_memory(logits_NV, hidden_ND.dtype)
         cross_entropy_both_kernel(
@@ -145,11 +149,6 @@ def _sum_kernel(
             smoothing or None, z_loss or None)
         _add_products(grad_NV, hidden_ND[rows], low_VD, d_hidden_ND[rows], d_weight_VD, first=True)
     return losses_N.sum() * share, d_hidden_ND, _as_weight(d_weight_VD, weight_VD)
-
-
-def _scratch(n_rows: int, n_classes: int) -> int:
-    rows = next(_row_chunks(n_rows, n_classes), slice(0, 0)).stop
-    return min(rows, n_rows) * n_classes
 
 
 def _as_weight(d_weight_VD: Tensor | None, weight_VD: Tensor) -> Tensor:
