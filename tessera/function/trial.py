@@ -13,6 +13,7 @@ import collections.abc
 import inspect
 import itertools
 import math
+import operator
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,9 @@ from tessera.kernel.dims import split_fraction
 from tessera.kernel.frontend.source import source_of
 from tessera.types import DTYPES, DType, f32, int4
 
-_PRIMES = [p for p in range(5, 400) if all(p % k for k in range(2, p))]
+# Primes whose small multiples, sums and products of two all differ, so that each can be read back.
+_PRIMES = (5, 7, 11, 19, 29, 59, 79, 137, 163, 199, 227, 313, 389, 487, 599, 701, 823, 839, 919, 1097, 1283, 1487, 1553,
+           1597)
 _MOST_CHOICES = 64  # of dtypes, and of sizes
 _ABOUT_DTYPES = re.compile(
     r"scalar type|dtype|indices|Long|not implemented for|floating point|integer|Float|Double|Bool", re.IGNORECASE)
@@ -59,7 +62,8 @@ class Sizes:
     def of(self, name: str) -> int:
         """The size of a name, a new prime at the first use."""
         if name not in self.numbers:
-            self.numbers[name] = _PRIMES[len(self.numbers)] * self.factor
+            i = len(self.numbers)
+            self.numbers[name] = (_PRIMES[i] if i < len(_PRIMES) else _PRIMES[-1] + 2 * i) * self.factor
         return self.numbers[name]
 
     def describe(self, number: int) -> str:
@@ -74,16 +78,21 @@ class Sizes:
                 return f"{number // size}*{name}"
             if size % number == 0 and 1 < size // number < 5:
                 return f"{name}/{size // number}"
-        for (a, left), (b, right) in itertools.combinations_with_replacement(self.numbers.items(), 2):
-            if left * right == number:
-                return f"{a}*{b}"
+        pairs = list(itertools.combinations_with_replacement(self.numbers.items(), 2))
+        for sign, join in (("*", operator.mul), ("+", operator.add)):
+            for (a, left), (b, right) in pairs:
+                if join(left, right) == number:
+                    return f"{a}{sign}{b}"
+        for (a, x), (b, y), (c, z) in itertools.combinations_with_replacement(self.numbers.items(), 3):
+            if x * y * z == number:
+                return f"{a}*{b}*{c}"
         return str(number)
 
     def translate(self, text: str) -> str:
         """An error's text with its numbers in names."""
         spaced = re.sub(r"(\d)x(?=\d)", r"\1 x ", text)
         named = re.sub(r"(?<![\w.])\d+(?![\w.]*[.\w]\d)", lambda m: self.describe(int(m[0])), spaced)
-        return re.sub(r"\b(\w+)=\1\b", r"\1", named)
+        return re.sub(r"(?<![\w*+/-])(\w+)=\1(?![\w*+/-])", r"\1", named)
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,21 @@ def _try_variant(function: Callable[..., Any], signature: Signature, owner: type
             break
     assert failure is not None
     for sizes in itertools.islice(_other_sizes(signature, failure, _divides(function)), _MOST_CHOICES):
-        if _run(function, signature, owner, variant, sizes, best) is None:
+        found = _run(function, signature, owner, variant, sizes, best)
+        if found is None:
             return None
+        if _progress(found, function) > _progress(failure, function):
+            failure = found
     return failure
+
+
+def _progress(failure: Failure, function: Callable[..., Any]) -> float:
+    """How far into the function's code the run came; infinitely when it is the result that does not fit."""
+    code = inspect.unwrap(function).__code__
+    trace = failure.error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is not code:
+        trace = trace.tb_next
+    return math.inf if trace is None else trace.tb_lasti
 
 
 def _dtype_choices(signature: Signature) -> Iterator[Mapping[int, torch.dtype]]:

@@ -250,6 +250,21 @@ FILE:16:12: error: g: w has D=F (axis 0 of [F, D]) but x has D (axis 1 of [B, D]
         def f(x: Tensor["S", "D", bf16]) -> Tensor["S", "D", bf16]:
             return x.float()
         """, "FILE:11:5: error: f: result is torch.float32; expected torch.bfloat16"),
+    "a sum and a product": ("""
+        @ts.function
+        def grow(x: Tensor["B", "T", "D"], new: Tensor["B", "S", "D"]) -> Tensor["B", "2*T", "D"]:
+            return torch.cat([x, new], 1)
+        """, "FILE:11:5: error: grow: result has 2*T=T+S (axis 1 of [B, T+S, D]) but x has T (axis 1 of [B, T, D])"),
+    "beyond what the object holds": ("""
+        class Layer(torch.nn.Module):
+            def __init__(self, dim: int = 64):
+                super().__init__()
+                self.proj = torch.nn.Linear(dim, 3 * dim)
+
+            @ts.function
+            def forward(self, x: Tensor["B", "S", "D"]) -> Tensor["B", "S", "D"]:
+                return self.proj(x).view(x.shape).relu()
+        """, "FILE:16:16: error: shape '[B, S, D]' is invalid for input of size "),
     "a forgotten factor": ("""
         @ts.function
         def f(x: Tensor["B", "D"], w: Tensor["F"]) -> Tensor["B", "F"]:
