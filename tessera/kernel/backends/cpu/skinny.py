@@ -132,8 +132,9 @@ class _Reading:
         self.block = math.lcm(group, BLOCK) if group <= _LARGEST_BLOCK else BLOCK
         self.depth = (DEPTH if rows else max(ALONG_DEPTH, self.block)) // self.block * self.block
         self.turn = self.block if narrow > 8 else product.dot.pack
-        # Of narrow elements more panels are needed to keep up with memory; 4-bit ones fill 16 registers with two.
-        self._single = 4 if not rows or narrow == 8 or (narrow < 8 and ctx.target.vector_registers > 16) else 2
+        # Narrow elements need more panels to keep up with memory; in groups, two of them fill 16 registers.
+        ample = self.block == BLOCK or ctx.target.vector_registers > 16
+        self._single = 4 if not rows or (narrow <= 8 and ample) else 2
         self.pitch = None
         if rows:
             memory, axis = max(rows, key=lambda row: row[0].dtype.bits)
