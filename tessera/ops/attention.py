@@ -162,10 +162,13 @@ def _quickest(
         return flash_attention_op(
             q_BHSD, k_BKTD, v_BKTD, sinks_H, scores.scale, scores.is_causal, scores.window, 0, 0)[0]
     if is_plain and sinks_H is None:
-        whole = scores.is_causal and scores.window is None and mask is None and S == T
+        dtype, whole = q_BHSD.dtype, scores.is_causal and scores.window is None and mask is None and S == T
+        if q_BHSD.is_cpu and dtype.itemsize == 2 and torch.is_grad_enabled() and q_BHSD.requires_grad:
+            # torch's backward in 16 bits takes 6 times as long where the processor has no instructions for them.
+            q_BHSD, k_BKTD, v_BKTD = q_BHSD.float(), k_BKTD.float(), v_BKTD.float()
         return F.scaled_dot_product_attention(
             q_BHSD, k_BKTD, v_BKTD, attn_mask=None if whole else _joined(scores, mask, S, T, q_BHSD),
-            is_causal=whole, scale=scores.scale, enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1])
+            is_causal=whole, scale=scores.scale, enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1]).to(dtype)
     if q_BHSD[..., 0].numel() * T < _MANY_SCORES and not scores.dropout_p:
         return plain_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H)[0]
     return in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H)

@@ -162,6 +162,7 @@ def _block_gradients(
     with torch.enable_grad():
         leaves = [leaf if leaf is None else leaf.detach().requires_grad_(target is not None)
                   for leaf, target in zip(leaves, targets)]
+        assert leaves[0] is not None and leaves[1] is not None
         s = scores.block(leaves[0], leaves[1], leaves[3], leaves[4], rows.start + n_keys - q.shape[2], columns.start)
     weights = torch.exp(s.detach() - lse[:, :, rows, None])
     kept, g = weights, grad[:, :, rows].to(weights.dtype)
@@ -169,7 +170,8 @@ def _block_gradients(
     if scores.dropout_p:
         keep = scores.keep(weights.shape, rows.start, columns.start, n_keys, weights)
         kept, slope = weights * keep, slope * keep
-    wanted = [(leaf, target) for leaf, target in zip(leaves, targets) if target is not None]
+    wanted = [(leaf, target) for leaf, target in zip(leaves, targets)
+              if leaf is not None and target is not None]
     found = torch.autograd.grad(s, [leaf for leaf, _ in wanted], weights * (slope - delta[:, :, rows, None]))
     for (_, target), part in zip(wanted, found):
         target += part

@@ -28,7 +28,8 @@ FUNCTIONS = {"flash": "ts.ops.flash_attention", "chunked": "ts.ops.chunked_atten
 def growth(name: str, length: int, heads: int) -> float:
     """MiB that a step at this length needs beyond a short one."""
     script = SCRIPT.replace("FUNCTION", f"({FUNCTIONS[name]})")
-    run = subprocess.run([sys.executable, "-c", script, str(length), str(heads)], capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-c", script, str(length), str(heads)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     return int(run.stdout) / 1024
 
