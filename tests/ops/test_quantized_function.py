@@ -10,7 +10,6 @@ import torch
 import tessera as ts
 from tessera import Tensor, fp8, int8
 from tessera.errors import InputError, ShapeError
-from tessera.ops.quantized_linear import context, mul_fp8, quantized_matmul, swish_fp8
 
 
 @ts.quantized(weights=int8, activations=fp8)
@@ -22,13 +21,14 @@ def swiglu_quantized(
     scales: Dict[str, float],  # noqa: UP006
 ) -> Tensor["B", "S", "D", fp8]:
     """The documents' own, with the products that it leaves out."""
-    with context(scales):
-        gate = quantized_matmul(x, W_gate, input_scale=scales["input"], weight_scale=scales["gate_weight"],
-                                output_dtype=fp8)
-        up = quantized_matmul(x, W_up, input_scale=scales["input"], weight_scale=scales["up_weight"], output_dtype=fp8)
-        hidden = mul_fp8(swish_fp8(gate), up)
-        return quantized_matmul(hidden, W_down, input_scale=scales["hidden"], weight_scale=scales["down_weight"],
-                                output_dtype=fp8)
+    with ts.quantization.context(scales):
+        gate = ts.nn.quantized_matmul(x, W_gate, input_scale=scales["input"], weight_scale=scales["gate_weight"],
+                                      output_dtype=fp8)
+        up = ts.nn.quantized_matmul(x, W_up, input_scale=scales["input"], weight_scale=scales["up_weight"],
+                                    output_dtype=fp8)
+        hidden = ts.mul_fp8(ts.nn.swish_fp8(gate), up)
+        return ts.nn.quantized_matmul(hidden, W_down, input_scale=scales["hidden"],
+                                      weight_scale=scales["down_weight"], output_dtype=fp8)
 
 
 def stored(x: torch.Tensor, dtype: torch.dtype, largest: float) -> tuple[torch.Tensor, float]:
