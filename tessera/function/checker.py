@@ -112,7 +112,7 @@ def _without_computing() -> Iterator[None]:
 
 def _modules(target: str, report: Report) -> Iterator[types.ModuleType]:
     path = Path(target)
-    if path.suffix == ".py" or path.exists():
+    if path.suffix == ".py" or path.is_file():
         if not path.is_file():
             raise NotFoundError(f"target: {target!r} given; expected a Python file or a module's name")
         with _reported(str(path.resolve()), report):
