@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tessera.errors import ShapeError, UnsupportedError
+from tessera.function.precision import active_precision
 from tessera.ops.kernels.cross_entropy import (
     cross_entropy_backward_kernel,
     cross_entropy_both_kernel,
@@ -43,7 +44,7 @@ def linear_cross_entropy(
     """cross_entropy(hidden @ weight^T, targets), with memory for a chunk of logits only.
 
     Products are accumulated in f32 and the logits kept in f32, whatever the inputs' dtype; the products' operands
-    are in hidden's dtype (under torch.autocast, in its dtype), and weight's gradient is summed in f32.
+    are in hidden's dtype (under ts.precision or torch.autocast, in theirs), and weight's gradient is summed in f32.
 
     Args:
         hidden: [..., D], any float dtype.
@@ -62,7 +63,10 @@ def linear_cross_entropy(
         raise ShapeError(f"weight: {list(weight.shape)} given for hidden {list(hidden.shape)}; "
                          f"expected [V, {hidden.shape[-1] if hidden.dim() else 'D'}]")
     check_loss((*hidden.shape[:-1], weight.shape[0]), targets, label_smoothing, reduction, z_loss)
-    if torch.is_autocast_enabled(hidden.device.type):
+    active = active_precision()
+    if active is not None:
+        hidden = hidden.to(active.compute)
+    elif torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     hidden_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     counted_N = targets_N != ignore_index
@@ -131,7 +135,7 @@ def _sum_kernel(
     (n, _width), n_classes = hidden_ND.shape, len(weight_VD)
     if 0 < n < 2 * _MIN_ROWS and n * n_classes > _CHUNK:  # a chunk of rows would be all of the logits
         losses_N, top_N, spread_N = _rows_kernel(hidden_ND, weight_VD, targets_N, ignore_index, smoothing, z_loss)
-        return losses_N.sum() * share, *_rows_backward_kernel(
+        return losses_N.sum(dtype=losses_N.dtype) * share, *_rows_backward_kernel(
             share.expand(n), hidden_ND, weight_VD, targets_N, top_N, spread_N, ignore_index, smoothing, z_loss,
             with_weight)
     check_targets(targets_N, n_classes, ignore_index)
@@ -148,7 +152,7 @@ def _sum_kernel(
             share.expand(len(logits_NV)), logits_NV, targets_N[rows], losses_N[rows], grad_NV, ignore_index,
             smoothing or None, z_loss or None)
         _add_products(grad_NV, hidden_ND[rows], low_VD, d_hidden_ND[rows], d_weight_VD, first=True)
-    return losses_N.sum() * share, d_hidden_ND, _as_weight(d_weight_VD, weight_VD)
+    return losses_N.sum(dtype=losses_N.dtype) * share, d_hidden_ND, _as_weight(d_weight_VD, weight_VD)
 
 
 def _as_weight(d_weight_VD: Tensor | None, weight_VD: Tensor) -> Tensor:
@@ -255,7 +259,8 @@ def _sum_reference(
         d_hidden_ND, d_weight_VD = _rows_backward_reference(
             share.expand(len(hidden_ND)), hidden_ND, weight_VD, targets_N, top_N, spread_N, ignore_index, smoothing,
             z_loss)
-    return losses_N.sum() * share, d_hidden_ND, d_weight_VD if with_weight else weight_VD.new_empty(0)
+    d_weight_VD = d_weight_VD if with_weight else weight_VD.new_empty(0)
+    return losses_N.sum(dtype=losses_N.dtype) * share, d_hidden_ND, d_weight_VD
 
 
 def _fake_rows(hidden_ND: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

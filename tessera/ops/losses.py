@@ -130,7 +130,7 @@ def reduce_rows(losses_N: Tensor, counted_N: Tensor, reduction: str, shape: torc
     """Losses that are 0 where they do not count: their mean over those that do, their sum, or all in `shape`."""
     if reduction == "none":
         return losses_N.reshape(shape)
-    total = losses_N.sum()
+    total = losses_N.sum(dtype=losses_N.dtype)  # named, or ts.precision would round it
     return total if reduction == "sum" else total / counted_N.sum().clamp(min=1)
 
 

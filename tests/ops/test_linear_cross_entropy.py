@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tessera as ts
 from tessera.errors import InputError, ShapeError, UnsupportedError
 from tessera.ops.linear_cross_entropy import (
     _rows_op,
@@ -87,8 +88,9 @@ def test_mixed_dtypes_and_autocast():
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
     assert weight.grad.dtype == torch.float32 and low.grad.dtype == torch.bfloat16
     assert relative(weight.grad, wide_weight.grad) < 4e-3 and relative(low.grad, wide_hidden.grad) < 1e-2
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), loss)
+    for mode in (torch.autocast("cpu", torch.bfloat16), ts.precision(compute=ts.bf16)):
+        with mode:
+            torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), loss)
 
 
 def test_frozen_parts_and_scaled_loss():
