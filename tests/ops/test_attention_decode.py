@@ -122,4 +122,4 @@ def test_ops_attention_decodes_with_it(monkeypatch, dtype, window):
             out = ops.attention(q[:, :, None], k, v, mask, scale=0.25)
         expected = exact(q, k, v, allowed, None, 0.25, None)[:, :, None]
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=2e-5 if dtype is torch.float32 else 2e-2)
-    assert len(calls) == (2 if dtype is torch.bfloat16 or window is None else 1)
+    assert len(calls) == (2 if dtype is torch.bfloat16 else 1)  # torch's is quicker for few f32 keys, none hidden

@@ -20,7 +20,7 @@ def decode_attention_kernel(
     out: Tile["B", "H_kv", "G", "D"], parts: Tile["B", "H_kv", "P", "G", "D + 2", f32], scale: float,
     allowed: Optional[Tile["B", "T", bool_]] = None, place: Optional[Tile["ONE", int64]] = None,  # noqa: UP045
     window: Optional[int] = None, sinks: Optional[Tile["H_kv", "G"]] = None,  # noqa: UP045
-    softcap: constexpr = None, shared: constexpr = True,
+    softcap: constexpr = None, score_products: constexpr = True, value_products: constexpr = True,
 ):
     """out = softmax(q k^T scale) v; spans of keys are taken by different programs, then put together in order.
 
@@ -38,7 +38,8 @@ def decode_attention_kernel(
         window: only this many keys, up to `place`, are seen; >= 1.
         sinks: [H_kv, G], a logit a head that takes its share of the softmax and has no value.
         softcap: scores become softcap * tanh(scores / softcap).
-        shared: G > 1. A single query's scores are sums over lanes; those of several are a matrix product.
+        score_products, value_products: whether scores and weighted values are matrix products, or sums over lanes,
+            which are quicker on the CPU for a single query, and for the values of a few.
     """
     ctx = tile.context()
     factor = scale if softcap is None else 1.0
@@ -57,7 +58,7 @@ def decode_attention_kernel(
             at = tile.arange(ctx.block_n) + start
             keys = tile.cast(tile.load(k[batch, head, start:start + ctx.block_n]), f32)
             values = tile.cast(tile.load(v[batch, head, start:start + ctx.block_n]), f32)
-            if shared:
+            if score_products:
                 scores = tile.mma(queries, tile.transpose(keys))
             else:
                 scores = tile.reduce_sum(queries[:, None, :] * keys[None, :, :], axis=-1)
@@ -76,7 +77,10 @@ def decode_attention_kernel(
             weights = tile.exp((scores - safe_top[:, None]) * factor)
             shrink = tile.exp((top - safe_top) * factor)
             total = total * shrink + tile.reduce_sum(weights, axis=-1)
-            result = result * shrink[:, None] + tile.mma(weights, values)
+            if value_products:
+                result = result * shrink[:, None] + tile.mma(weights, values)
+            else:
+                result = result * shrink[:, None] + tile.reduce_sum(weights[:, :, None] * values[None, :, :], axis=1)
             top = new_top
         tile.store(parts[batch, head, part, :, 0:ctx.D], result)
         tile.store(parts[batch, head, part, :, ctx.D], total)
