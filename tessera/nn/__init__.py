@@ -21,9 +21,10 @@ from tessera.ops.quantized_linear import quantized_matmul, swish_fp8
 from tessera.ops.softmax import l2_normalize, log_softmax_stable, softmax_safe
 
 __all__ = [
-    "MLP", "Attention", "Block", "Buffer", "CastedEmbedding", "CastedLinear", "CastedSparseEmbedding",
-    "CrossEntropyLoss", "Embedding", "FusedTransformerLayer", "Int8Linear", "KVCache", "LayerNorm",
-    "LearnedPositionalEmbedding", "Linear", "LinearCrossEntropyLoss", "MemoryEfficientAttention", "Module",
-    "ModuleList", "Parameter", "RMSNorm", "StepCache", "cross_entropy_safe", "embedding", "l2_normalize",
-    "log_softmax_stable", "quantized_matmul", "softmax_safe", "swish", "swish_fp8", "utils",
+    "MLP", "Attention", "Block", "BlockEmbedding", "BlockLinear", "BlockWeight", "Buffer", "CastedEmbedding",
+    "CastedLinear", "CastedSparseEmbedding", "CrossEntropyLoss", "Embedding", "FusedTransformerLayer", "Int8Linear",
+    "KVCache", "LayerNorm", "LearnedPositionalEmbedding", "Linear", "LinearCrossEntropyLoss",
+    "MemoryEfficientAttention", "Module", "ModuleList", "Parameter", "RMSNorm", "StepCache", "cross_entropy_safe",
+    "embedding", "l2_normalize", "log_softmax_stable", "quantized_matmul", "softmax_safe", "swish", "swish_fp8",
+    "utils",
 ]

@@ -269,7 +269,8 @@ def test_loss_is_the_cross_entropy_of_the_logits(fields):
         torch.testing.assert_close(actual, grad, rtol=1e-3, atol=1e-5)
     with torch.no_grad():
         z = torch.logsumexp(logits.double(), -1)[targets != -100].square().mean()
-        torch.testing.assert_close(model.loss(ids, targets, z_loss=0.1), (expected + 0.1 * z).float(), rtol=1e-5, atol=1e-5)
+        expected = (expected + 0.1 * z).float()
+        torch.testing.assert_close(model.loss(ids, targets, z_loss=0.1), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_loss_refuses():

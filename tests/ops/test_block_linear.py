@@ -73,7 +73,7 @@ def test_rows_by_id(kind):
 
 
 def test_the_reference_and_a_recording():
-    parts, weight = weight_of("Q4_1", 20, 32, 11)
+    parts, _ = weight_of("Q4_1", 20, 32, 11)
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(12))
     with ops.implementation("reference"):
         torch.testing.assert_close(block_linear(x, *parts), x @ dequantize_blocks(*parts).t())

@@ -74,7 +74,8 @@ def test_parts_of_a_concatenation(dtype, width, on_cpu):
 @pytest.mark.parametrize("width", [2, 30, 64, 70])
 def test_rotation_in_place(dtype, width, on_cpu):
     generator = torch.Generator().manual_seed(width)
-    x, angles = torch.randn(1, 6, 3, width, generator=generator).to(dtype), torch.rand(6, width // 2, generator=generator)
+    x = torch.randn(1, 6, 3, width, generator=generator).to(dtype)
+    angles = torch.rand(6, width // 2, generator=generator)
     out, rope = torch.empty_like(x), rope_kernel.retype({})
     rope(x, angles.cos(), angles.sin(), out)
     rope(x, angles.cos(), angles.sin(), x)

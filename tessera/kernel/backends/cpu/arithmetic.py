@@ -178,7 +178,8 @@ class Arithmetic:
 
     def min(self, a: Operand, b: Operand, *, signed_zeros: bool = True) -> Val:
         """The smaller; signed for integers, NaN if either is NaN for floats."""
-        return self._extreme("min", *self._same(a, b), signed_zeros)
+        x, y = self._same(a, b)
+        return self._extreme("min", x, y, signed_zeros)
 
     def max(self, a: Operand, b: Operand, *, signed_zeros: bool = True) -> Val:
         """The larger; signed for integers, NaN if either is NaN for floats.
@@ -186,7 +187,8 @@ class Arithmetic:
         Args:
             signed_zeros: -0.0 is smaller than 0.0, which takes two instructions more.
         """
-        return self._extreme("max", *self._same(a, b), signed_zeros)
+        x, y = self._same(a, b)
+        return self._extreme("max", x, y, signed_zeros)
 
     def _extreme(self, kind: str, x: Val, y: Val, signed_zeros: bool) -> Val:
         if not is_float(x.ty):

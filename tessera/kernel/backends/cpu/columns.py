@@ -73,9 +73,9 @@ def split_index(ctx: Context, position: Val, size: Val) -> tuple[Val, Val]:
     if size.const == 1:
         return position, emit.const(0, I64)
     if isinstance(position, Step) and size.const and position.factor % size.const == 0:
-        quotient, rest = divmod(position.offset, size.const)
+        whole, rest = divmod(position.offset, size.const)
         # The rest is a step as well: of the one block 0, as long as the dim.
-        return (step(ctx, position.root, position.factor // size.const, quotient),
+        return (step(ctx, position.root, position.factor // size.const, whole),
                 step(ctx, emit.const(0, I64), size.const, rest))
     quotient, remainder = ctx.b.udiv(position, size), ctx.b.urem(position, size)
     if isinstance(position, Step) and size.const and size.const % position.factor == position.offset == 0:
@@ -112,9 +112,9 @@ def load_across(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int,
             _read_ahead(ctx, memory, rows, at, start, memory.strides[axis])
         for number, unit in enumerate(_units(ctx, memory, rows, start)):
             ctx.remember((*key, number), unit)
-    unit = ctx.lookup((*key, offset * UNITS // size))
-    assert unit is not None
-    return _element(ctx.b, unit, memory, offset % (size // UNITS))
+    found = ctx.lookup((*key, offset * UNITS // size))
+    assert found is not None
+    return _element(ctx.b, found, memory, offset % (size // UNITS))
 
 
 def _one_by_one(ctx: Context, memory: Memory, at: Val, key: tuple, lanes: int) -> Val | None:
@@ -196,7 +196,7 @@ def transpose_parts(b: Builder, rows: Sequence[Val]) -> list[Val]:
 
     low = [interleave(rows[i], rows[i + 1], 0) for i in (0, 2)]
     high = [interleave(rows[i], rows[i + 1], 2) for i in (0, 2)]
-    return [join(*low, 0), join(*low, 2), join(*high, 0), join(*high, 2)]
+    return [join(x, y, offset) for x, y in (low, high) for offset in (0, 2)]
 
 
 def _address(ctx: Context, memory: Memory, indices: Sequence[Val]) -> Val:

@@ -196,9 +196,9 @@ def _through_reshape(ctx: Context, op: Op, point: Point) -> Point:
         indices.insert(0, rest)
     if middle.stop + shift > middle.start:
         indices.insert(0, position)
-    axis = point.axis if point.axis is None or point.axis < middle.start else point.axis + shift
+    lane_axis = point.axis if point.axis is None or point.axis < middle.start else point.axis + shift
     # Lanes on a dim that changes stay inside the innermost one (`_stays_inside`).
-    return point.pick([*point.indices[:middle.start], *indices, *point.indices[middle.stop:]], axis)
+    return point.pick([*point.indices[:middle.start], *indices, *point.indices[middle.stop:]], lane_axis)
 
 
 def hoist(ctx: Context, value: Value, point: Point) -> None:

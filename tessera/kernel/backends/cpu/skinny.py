@@ -165,6 +165,11 @@ def _group(value: Value) -> int:
     return size if size is not None and 1 < size <= _LARGEST_BLOCK else 1
 
 
+def _steps(ctx: Context, root: Val, block: int, offset: int) -> Callable[[int], Val]:
+    """The index of the j-th step of k from an offset in a block on."""
+    return lambda j: step(ctx, root, block, offset + j)
+
+
 def _opaque(b: Builder, index: Val) -> Val:
     """The same number, but nothing that LLVM knows how to count: its search for the best addresses of some dozens of
     rows would take longer than all the rest of its work, and finds nothing."""
@@ -244,7 +249,7 @@ class _Strip:
                 root = b.add(here, b.udiv(self.start, block))
                 sums = list(loop.carry)
                 for i, offset in self._turns(panels):
-                    w = self._weights(lambda j, o=offset: step(ctx, root, block, o + j), columns[i], None)
+                    w = self._weights(_steps(ctx, root, block, offset), columns[i], None)
                     sums[i::panels] = self._add(sums[i::panels], b.add(b.mul(here, block), offset), w)
                 loop.next(sums)
             self._finish(loop.results, columns, None)
@@ -271,7 +276,7 @@ class _Strip:
                 root = b.add(here, b.udiv(self.start, block))
                 totals = list(loop.carry)
                 for offset in range(0, block, pack):
-                    w = self._weights(lambda j, o=offset: step(ctx, root, block, o + j), column.i, mask)
+                    w = self._weights(_steps(ctx, root, block, offset), column.i, mask)
                     totals = self._add(totals, b.add(b.mul(here, block), offset), w)
                 loop.next(totals)
             with b.for_(whole, self.steps, pack, carry=loop.results) as rest, ctx.scope():
