@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.kernel.recording import is_recording
 from tessera.ops.invariant import is_invariant
 from tessera.ops.kernels.quantized import (
     GROUP,
@@ -21,7 +20,7 @@ from tessera.ops.kernels.quantized import (
     int8_group_linear_kernel,
 )
 from tessera.ops.linear import linear
-from tessera.ops.registration import wants_reference
+from tessera.ops.registration import is_recording, wants_reference
 
 
 def block_linear(

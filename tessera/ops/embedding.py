@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.errors import InputError, ShapeError
-from tessera.kernel.recording import is_recording
 from tessera.ops.kernels.embedding import (
     casted_embedding_kernel,
     embedding_backward_kernel,
@@ -23,7 +22,7 @@ from tessera.ops.kernels.embedding import (
     sparse_embedding_kernel,
 )
 from tessera.ops.quantize import is_quantized, quantize_rows
-from tessera.ops.registration import Operation
+from tessera.ops.registration import Operation, is_recording
 
 
 def embedding(ids: Tensor, table_VD: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.function.precision import active_precision
-from tessera.kernel.recording import is_recording
 from tessera.ops.invariant import block_products, is_invariant, tree_sum
 from tessera.ops.kernels import linear_kernel
 from tessera.ops.kernels.casted_linear import casted_linear_kernel
 from tessera.ops.quantize import dequantize_rows
-from tessera.ops.registration import wants_reference
+from tessera.ops.registration import is_recording, wants_reference
 
 MAX_FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
 

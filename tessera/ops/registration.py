@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tessera import env
 from tessera.errors import InputError
-from tessera.kernel.recording import is_recording
+from tessera.kernel import recording
 
 _LIBRARY = torch.library.Library("tessera", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -65,6 +65,11 @@ def _default() -> str:
 def wants_reference() -> bool:
     """Whether the plain torch expressions were asked for."""
     return (_CHOICE.get() or _default()) == "reference"
+
+
+def is_recording() -> bool:
+    """Whether a step is recorded, in which kernels alone may compute; torch.compile, which may trace, records none."""
+    return not torch.compiler.is_compiling() and recording.is_recording()
 
 
 class Operation:
@@ -106,7 +111,7 @@ class Operation:
             return self.registered(*args) if self.has_gradient else self.reference(*args)
         if (_CHOICE.get() or _default()) == "reference":
             return self.reference(*args)
-        if is_recording():
+        if recording.is_recording():
             return self._run(*args)  # the recorder must see the kernel's launch, not torch's name for it
         grad = torch.is_grad_enabled()
         for arg in args:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.kernel.recording import is_recording
 from tessera.ops.kernels.residual import add_kernel
+from tessera.ops.registration import is_recording
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:

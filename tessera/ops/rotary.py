@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tessera.errors import InputError, LaunchError, ShapeError, UnsupportedError
-from tessera.kernel.recording import is_recording
 from tessera.ops import invariant
 from tessera.ops.kernels.rope import rope_interleaved_kernel, rope_kernel
 from tessera.ops.layout import empty_like, widen
-from tessera.ops.registration import Operation, wants_reference
+from tessera.ops.registration import Operation, is_recording, wants_reference
 from tessera.ops.rope_scaling import RopeScaling, rope_frequencies
 
 _MIN_TABLE = 256  # rows
@@ -54,7 +53,7 @@ def rope_tables(
         stretched = seq_len
     if isinstance(positions, range) and (positions.step != 1 or positions.start < 0):
         raise InputError(f"positions: {positions} given; expected consecutive numbers from 0 on")
-    if stretched:
+    if stretched or torch.compiler.is_compiling():  # a cache of tables is nothing that can be traced
         return _fresh_tables(positions, dim, theta, scaling, seq_len, device)
     if isinstance(positions, range):
         cos, sin = _table(dim, theta, scaling, positions.stop, device)

@@ -98,3 +98,16 @@ def test_deterministic_mode_is_not_compiled():
             torch.compile(lambda x: ts.ops.rms_norm(x), backend="aot_eager", fullgraph=True)(x)
         torch._dynamo.reset()
         assert torch.equal(torch.compile(lambda x: ts.ops.rms_norm(x), backend="aot_eager")(x), expected)
+
+
+def test_operations_are_compiled_after_jit_has_been_used():
+    """ts.jit keeps dynamo out of the compiler's own files; operations must not call into them while they are traced."""
+    ts.jit(lambda x: x + 1)(torch.ones(2))
+    weight, bias = torch.randn(8, 8), torch.randn(8)
+
+    def block(x):
+        heads = ts.ops.rotary(x[None, :, None], *ts.ops.rope_tables(range(3), 8, 1e4))[0, :, 0]
+        return ts.ops.add(ts.ops.linear(ts.ops.rms_norm(heads), weight, bias), x)
+
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
