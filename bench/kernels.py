@@ -165,8 +165,9 @@ def summary(results: Sequence[dict[str, Any]]) -> list[list[str]]:
              f"{sum(r['met'] for r in members)}/{len(members)}"] for name, members in groups.items()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(command line, machine) of a benchmark of single operations; the threads are set."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
     parser.add_argument("--only", default="", help="cases whose label has this text")
     parser.add_argument("--repetitions", type=int, default=0)
@@ -178,6 +179,11 @@ def main() -> None:
     arguments.compile = arguments.compile and shutil.which(os.environ.get("CXX", "g++")) is not None
     torch.set_num_threads(arguments.threads)
     about = machine() | {"load_average": os.getloadavg()[0]}
+    return arguments, about
+
+
+def main() -> None:
+    arguments, about = options(__doc__)
     fast_bf16 = about["bf16_flops"] > about["f32_flops"] / 10
     results = [run_case(case, about["bf16_flops" if " bf16 " in case.label and fast_bf16 else "f32_flops"], arguments)
                for case in cases(arguments, fast_bf16)]

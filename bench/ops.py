@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -21,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, print_table, write_results
-from kernels import measure
+from common import print_table, write_results
+from kernels import measure, options
 from ops_case import OpCase
 from torch import Tensor
 
@@ -87,18 +85,7 @@ def row(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
-    parser.add_argument("--only", default="", help="cases whose label has this text")
-    parser.add_argument("--repetitions", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--fastest", action="store_true", help="the fastest repetition instead of the median")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
-    arguments = parser.parse_args()
-    arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 15)
-    arguments.compile = arguments.compile and shutil.which(os.environ.get("CXX", "g++")) is not None
-    torch.set_num_threads(arguments.threads)
-    about = machine() | {"load_average": os.getloadavg()[0]}
+    arguments, about = options(__doc__)
     results = [run_case(case, arguments) for case in cases(arguments.only, arguments.quick)]
     if not results:
         raise SystemExit(f"--only: {arguments.only!r} given; no case has it in its label")

@@ -211,7 +211,7 @@ class GPTModel(nn.Module):
         x_BSM = self._blocks(x_BSM, cache.mask, self._rope(positions_B[:, None], self.config.max_seq_len), cache)
         return self._logits(self.final_norm(x_BSM))[:, 0]
 
-    def _rope(self, positions_BS: Tensor, n_total: int) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, positions_BS: Tensor, n_total: int) -> ops.RopeTables | None:
         config = self.config
         if not config.use_rotary_embeddings:
             return None
@@ -219,7 +219,7 @@ class GPTModel(nn.Module):
                                seq_len=n_total)
 
     def _blocks(
-        self, x_BSM: Tensor, masks: Callable[[int | None], ops.Mask], rope: tuple[Tensor, Tensor] | None,
+        self, x_BSM: Tensor, masks: Callable[[int | None], ops.Mask], rope: ops.RopeTables | None,
         cache: KVCache | StepCache | None,
     ) -> Tensor:
         """`masks` gives the mask of a sliding window, or of None."""

@@ -52,7 +52,7 @@ class Attention(nn.Module):
         return self.k_proj.d_out // self.d_head
 
     def forward(
-        self, x_BSM: Tensor, mask: ops.Mask, rope: tuple[Tensor, Tensor] | None = None,
+        self, x_BSM: Tensor, mask: ops.Mask, rope: ops.RopeTables | None = None,
         cache: KVCache | StepCache | None = None, layer: int = 0,
     ) -> Tensor:
         heads = (*x_BSM.shape[:2], -1, self.d_head)

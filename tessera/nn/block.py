@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.post_norm = post_norm
 
     def forward(
-        self, x: Tensor, mask: ops.Mask, rope: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, mask: ops.Mask, rope: ops.RopeTables | None = None,
         cache: KVCache | StepCache | None = None, layer: int = 0,
     ) -> Tensor:
         if self.mlp_norm is None:

@@ -57,15 +57,16 @@ from tessera.ops.quantized_linear import casted_linear, int8_linear, mul_fp8, qu
 from tessera.ops.quantized_mlp import quantize_swiglu, swiglu_quantized
 from tessera.ops.registration import implementation, wants_reference
 from tessera.ops.residual import add
-from tessera.ops.rotary import RopeScaling, rope_frequencies, rope_tables, rotary, rotary_
+from tessera.ops.rotary import RopeScaling, RopeTables, rope_frequencies, rope_tables, rotary, rotary_
 from tessera.ops.softmax import l2_normalize, log_softmax, log_softmax_stable, masked_mean, softmax, softmax_safe
 from tessera.ops.tensors import cast, gather, split_heads
 
 rmsnorm = rms_norm  # as some documents spell it
 
 __all__ = [
-    "ACTIVATIONS", "MAX_FEW_ROWS", "BlockSparse", "Mask", "Quantized", "RopeScaling", "add", "add_rms_norm",
-    "alibi_bias", "alibi_slopes", "apply_rotary_pos_emb", "attention", "cast", "casted_embedding", "casted_linear",
+    "ACTIVATIONS", "MAX_FEW_ROWS", "BlockSparse", "Mask", "Quantized", "RopeScaling", "RopeTables", "add",
+    "add_rms_norm", "alibi_bias",
+    "alibi_slopes", "apply_rotary_pos_emb", "attention", "cast", "casted_embedding", "casted_linear",
     "casted_sparse_embedding", "chunked_attention", "contrastive_loss", "cos_sin_embedding", "cross_entropy",
     "cross_entropy_safe", "dequantize", "dequantize_rows", "dynamic_rope", "embedding", "even_blocks",
     "fake_quantize_rows", "flash_attention", "fused_mlp", "fused_softmax_cross_entropy", "gated", "gated_packed",

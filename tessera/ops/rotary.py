@@ -27,10 +27,14 @@ from tessera.ops.rope_scaling import RopeScaling, rope_frequencies
 _MIN_TABLE = 256  # rows
 
 
+RopeTables = tuple[Tensor, Tensor, Tensor | None]
+"""(cos, sin, rows): what `rope_tables` makes and `rotary` takes."""
+
+
 def rope_tables(
     positions: Tensor | range, dim: int, theta: float, scaling: RopeScaling | None = None,
     *, seq_len: int = 0, device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> RopeTables:
     """What `rotary` needs: cosine and sine tables, and which rows of them the tokens take.
 
     Args:
@@ -71,7 +75,7 @@ def rope_tables(
 def _fresh_tables(
     positions: Tensor | range, dim: int, theta: float, scaling: RopeScaling | None, seq_len: int,
     device: torch.device | str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> RopeTables:
     """Tables of these positions alone, not kept: their values are unknown here, or the next call has others."""
     if is_recording():
         raise UnsupportedError(f"rope_scaling: kind 'dynamic' given for {seq_len} tokens; a recorded step's tables "

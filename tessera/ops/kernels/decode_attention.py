@@ -86,14 +86,24 @@ def decode_attention_kernel(
         tile.store(parts[batch, head, part, :, ctx.D], total)
         tile.store(parts[batch, head, part, :, ctx.D + 1], top * factor)
     for batch, head in tile.grid(ctx.B, ctx.H_kv):
-        tops = tile.load(parts[batch, head, :, :, ctx.D + 1])
-        best = tile.reduce_max(tops, axis=0)
+        sink = None
         if sinks is not None:
-            best = tile.maximum(best, tile.cast(tile.load(sinks[head]), f32))
-        best = tile.where(best == -float("inf"), 0.0, best)
-        shares = tile.exp(tops - best[None, :])
-        divisor = tile.reduce_sum(shares * tile.load(parts[batch, head, :, :, ctx.D]), axis=0)
-        if sinks is not None:
-            divisor = divisor + tile.exp(tile.cast(tile.load(sinks[head]), f32) - best)
-        mixed = tile.reduce_sum(tile.load(parts[batch, head, :, :, 0:ctx.D]) * shares[:, :, None], axis=0)
-        tile.store(out[batch, head], mixed / tile.where(divisor == 0.0, 1.0, divisor)[:, None])
+            sink = tile.cast(tile.load(sinks[head]), f32)
+        tile.store(out[batch, head], join_spans(parts[batch, head], sink))
+
+
+def join_spans(parts, sinks):
+    """The attention [G, D] of queries whose spans of keys are done, [P, G, D + 2]: weighted values, sum of weights and
+    largest score of each span, put together in their order; `sinks` [G] f32 are logits without a value, or None."""
+    width = parts.shape[2] - 2
+    tops = tile.load(parts[:, :, width + 1])
+    best = tile.reduce_max(tops, axis=0)
+    if sinks is not None:
+        best = tile.maximum(best, sinks)
+    best = tile.where(best == -float("inf"), 0.0, best)
+    shares = tile.exp(tops - best[None, :])
+    divisor = tile.reduce_sum(shares * tile.load(parts[:, :, width]), axis=0)
+    if sinks is not None:
+        divisor = divisor + tile.exp(sinks - best)
+    mixed = tile.reduce_sum(tile.load(parts[:, :, 0:width]) * shares[:, :, None], axis=0)
+    return mixed / tile.where(divisor == 0.0, 1.0, divisor)[:, None]

@@ -7,6 +7,7 @@ from typing import Optional
 from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.kernel.signature import constexpr
+from tessera.ops.kernels.decode_attention import join_spans
 from tessera.types import Tile, f32, int32
 
 SPAN_PAGES = 16  # pages a program; a fixed number, so that neither the batch nor the threads change the order of a sum
@@ -73,14 +74,7 @@ def paged_attention_kernel(
         tile.store(parts[batch, head, part, :, ctx.D], total)
         tile.store(parts[batch, head, part, :, ctx.D + 1], top * factor)
     for batch, head in tile.grid(ctx.B, ctx.H_kv):
-        tops = tile.load(parts[batch, head, :, :, ctx.D + 1])
-        best = tile.reduce_max(tops, axis=0)
+        sink = None
         if sinks is not None:
-            best = tile.maximum(best, tile.cast(tile.load(sinks[head]), f32))
-        best = tile.where(best == -float("inf"), 0.0, best)
-        shares = tile.exp(tops - best[None, :])
-        divisor = tile.reduce_sum(shares * tile.load(parts[batch, head, :, :, ctx.D]), axis=0)
-        if sinks is not None:
-            divisor = divisor + tile.exp(tile.cast(tile.load(sinks[head]), f32) - best)
-        mixed = tile.reduce_sum(tile.load(parts[batch, head, :, :, 0:ctx.D]) * shares[:, :, None], axis=0)
-        tile.store(out[batch, head], mixed / tile.where(divisor == 0.0, 1.0, divisor)[:, None])
+            sink = tile.cast(tile.load(sinks[head]), f32)
+        tile.store(out[batch, head], join_spans(parts[batch, head], sink))
