@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +38,42 @@ class DType:
     def is_int(self) -> bool:
         return self.kind in ("int", "uint")
 
+    def __or__(self, other: Any) -> Any:
+        if not isinstance(other, DType):
+            return NotImplemented
+        return DTypeGroup(name=f"{self} or {other}", members=(self, other))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DTypeGroup:
+    """Several dtypes, as the last item of `Tensor[...]`: a tensor has one of them.
+
+    `torch` are torch's types of the members, and those of torch's that are like them. Where `is_same`, all tensors of
+    a call that are annotated with the group's name have one dtype.
+    """
+
+    name: str
+    members: tuple[DType, ...]
+    others: tuple[torch.dtype, ...] = ()
+    is_same: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __or__(self, other: Any) -> Any:
+        if not isinstance(other, DType):
+            return NotImplemented
+        return DTypeGroup(name=f"{self} or {other}", members=(*self.members, other), others=self.others)
+
+    @property
+    def torch(self) -> frozenset[torch.dtype]:
+        """Torch's types of the group."""
+        return frozenset((*(member.torch for member in self.members), *self.others))
+
+    def same(self, name: str) -> DTypeGroup:
+        """The group under a name: a call's tensors of that name have one dtype of it."""
+        return DTypeGroup(name=name, members=self.members, others=self.others, is_same=True)
+
 
 f64 = DType(name="f64", torch=torch.float64, bits=64, kind="float")
 f32 = DType(name="f32", torch=torch.float32, bits=32, kind="float")
@@ -52,6 +88,12 @@ int8 = DType(name="int8", torch=torch.int8, bits=8, kind="int")
 uint8 = DType(name="uint8", torch=torch.uint8, bits=8, kind="uint")
 int4 = DType(name="int4", torch=torch.uint8, bits=4, kind="int")
 bool_ = DType(name="bool", torch=torch.bool, bits=1, kind="bool")
+
+# What is computed with, in the order in which `tessera check` tries them.
+floating = DTypeGroup(name="floating", members=(f32, bf16, f16, f64))
+one_float = floating.same("one_float")
+integer = DTypeGroup(name="integer", members=(int64, int32, int8, uint8),
+                     others=(torch.int16, torch.uint16, torch.uint32, torch.uint64))
 
 DTYPES: dict[str, DType] = {
     d.name: d
@@ -123,7 +165,7 @@ class Annotation:
 
     def __repr__(self) -> str:
         parts = [f'"{d}"' if isinstance(d, str) else str(d) for d in self.dims]
-        dtype = [self.dtype.name] if self.dtype else []
+        dtype = [str(d) for d in (self.dtype, getattr(self, "dtypes", None)) if d is not None]
         return f"{type(self).__name__.removesuffix('Type')}[{', '.join(parts + dtype)}]"
 
     def __or__(self, other: Any) -> Any:
@@ -140,9 +182,11 @@ class TileType(Annotation):
 
 @dataclass(frozen=True, repr=False)
 class TensorType(Annotation):
-    """`Tensor["B", "S", "D", bf16]`: an argument of a shape-checked function, on any device or on one `device` type."""
+    """`Tensor["B", "S", "D", bf16]`: an argument of a shape-checked function, on any device or on one `device` type, of
+    one dtype, one of `dtypes`, or any."""
 
     device: str | None = None
+    dtypes: DTypeGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -177,15 +221,20 @@ class Tile:
         return _annotation(TileType, items)
 
 
-class Tensor:
-    """Annotation of a shape-checked function's argument: `Tensor["B", "S", "D", bf16, "cuda"]`; dtype and device type
-    are optional, and `Tensor` alone is any tensor."""
+if TYPE_CHECKING:
+    from torch import Tensor as Tensor  # to a type checker, what is annotated so is a tensor
+else:
+    class Tensor:
+        """Annotation of a shape-checked function's argument: `Tensor["B", "S", "D", bf16, "cuda"]`; dtype (one, several
+        as in `f32 | bf16`, or a group such as `floating`) and device type are optional, and `Tensor` is any tensor."""
 
-    def __class_getitem__(cls, items: Any) -> Annotation:
-        items = items if isinstance(items, tuple) else (items,)
-        device = None
-        if items and (isinstance(items[-1], torch.device) or items[-1] in _DEVICE_TYPES):
-            device = torch.device(items[-1]).type
-            items = items[:-1]
-        found = _annotation(TensorType, items)
-        return TensorType(found.dims, found.dtype, device)
+        def __class_getitem__(cls, items: Any) -> Annotation:
+            items = items if isinstance(items, tuple) else (items,)
+            device = dtypes = None
+            if items and (isinstance(items[-1], torch.device) or items[-1] in _DEVICE_TYPES):
+                device = torch.device(items[-1]).type
+                items = items[:-1]
+            if items and isinstance(items[-1], DTypeGroup):
+                *items, dtypes = items
+            found = _annotation(TensorType, tuple(items))
+            return TensorType(found.dims, found.dtype, device, dtypes)

@@ -23,23 +23,35 @@ import torch
 from tessera.errors import CompileError, InputError
 from tessera.kernel.dims import Dim, split_fraction
 from tessera.kernel.frontend.source import source_of
-from tessera.types import Annotation, Tensor, TensorType, TileType
+from tessera.types import Annotation, DTypeGroup, Tensor, TensorType, TileType
 
 _MENTIONS_TENSOR = re.compile(r"\bTensor\s*\[")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor. `dims` is None where only "a tensor" is asked for; `ellipsis` is the place of "..." among them."""
+    """One tensor. `dims` is None where only "a tensor" is asked for; `ellipsis` is the place of "..." among them, and
+    `broadcast` are the places of the dims that may also be 1, such as "#B"."""
 
     annotation: TensorType | None = None
     dims: tuple[Dim, ...] | None = None
     ellipsis: int | None = None
+    broadcast: frozenset[int] = frozenset()
+
+    @property
+    def dtypes(self) -> DTypeGroup | None:
+        """The group of which the dtype is one."""
+        return self.annotation.dtypes if self.annotation is not None else None
+
+    @functools.cached_property
+    def solved_dims(self) -> tuple[Dim, ...]:
+        """The dims from which sizes can be found: a number where a dim may also be 1."""
+        return tuple(Dim.of(1) if i in self.broadcast else d for i, d in enumerate(self.dims or ()))
 
     @functools.cached_property
     def plain_dims(self) -> tuple[str | int, ...] | None:
         """The dims as names and numbers; None where one of them is an expression, or "..." stands among them."""
-        if self.dims is None or self.ellipsis is not None:
+        if self.dims is None or self.ellipsis is not None or self.broadcast:
             return None
         found = tuple(d.const if d.const is not None else str(d) for d in self.dims)
         return found if all(isinstance(d, int) or d.isidentifier() for d in found) else None
@@ -48,7 +60,7 @@ class TensorSpec:
         if self.annotation is None:
             return "a tensor"
         parts = [f'"{d}"' if isinstance(d, str) else str(d) for d in self.annotation.dims]
-        dtype, device = self.annotation.dtype, self.annotation.device
+        dtype, device = self.annotation.dtype or self.annotation.dtypes, self.annotation.device
         return f"[{', '.join([*parts, *([str(dtype)] if dtype else []), *([device] if device else [])])}]"
 
 
@@ -253,11 +265,14 @@ class _Reader:
         assert isinstance(annotation, TensorType)
         if annotation.dims.count("...") > 1:
             raise self._error(name, f'{list(annotation.dims)}: "..." can stand once')
+        written = [d for d in annotation.dims if d != "..."]
+        broadcast = frozenset(i for i, d in enumerate(written) if isinstance(d, str) and d.startswith("#"))
         try:
-            dims = tuple(Dim.of(d) for d in annotation.dims if d != "...")
+            dims = tuple(Dim.of(d[1:] if i in broadcast else d) for i, d in enumerate(written))  # type: ignore[index]
         except InputError as error:
             raise self._error(name, str(error)) from None
-        return TensorSpec(annotation, dims, annotation.dims.index("...") if "..." in annotation.dims else None)
+        ellipsis = annotation.dims.index("...") if "..." in annotation.dims else None
+        return TensorSpec(annotation, dims, ellipsis, broadcast)
 
     def _error(self, name: str, problem: str) -> InputError:
         what = "the result's annotation" if name == "return" else f"the annotation of {name!r}"

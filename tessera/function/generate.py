@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,12 +73,25 @@ def _arguments(parameters: Iterable[Parameter]) -> str:
     return ", ".join(prefix.get(p.kind.name, "{0}").format(p.name) for p in parameters)
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What the code knows at some line: the variables that hold sizes, and expressions for the rest.
+
+    `shapes` are shapes that were checked against dims (with the place of "..."), `middle` is what "..." stands for,
+    and `dtypes` are the dtypes of named groups.
+    """
+
+    sizes: Mapping[str, str]
+    shapes: Mapping[tuple[Any, ...], str] = field(default_factory=dict)
+    middle: str | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+
 class _Writer:
     """Writes the checks of one signature; every name of its own begins with _ts_."""
 
     def __init__(self, signature: Signature, space: dict[str, Any]) -> None:
         self.signature, self.space = signature, space
-        self.ellipsis: str | None = None
         self.counter = itertools.count()
 
     def lines(self, call: str, values: str) -> list[str]:
@@ -86,8 +100,7 @@ class _Writer:
         Raises:
             _TooHard: there is no straight-line code for it.
         """
-        known = {name: name for name in self.signature.sizes}
-        checks, known = self._arguments(known)
+        checks, known = self._arguments(_Known({name: name for name in self.signature.sizes}))
         checks += [f"if not isinstance({name}, int): raise TypeError" for name in self.signature.sizes]
         after = self._result(known)
         body = ["try:", *_indent(checks or ["pass"]), "except Exception:", f"    _ts_match({values})"]
@@ -98,9 +111,9 @@ class _Writer:
             body += ["try:", *_indent(after), "except Exception:", f"    _ts_match({values}, _ts_r)"]
         return [*body, "return _ts_r"]
 
-    def _arguments(self, known: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    def _arguments(self, known: _Known) -> tuple[list[str], _Known]:
         required: dict[str, TensorSpec] = {}
-        optional: dict[str, UnionSpec] = {}
+        unions: dict[str, UnionSpec] = {}
         for p in self.signature.parameters:
             if p.spec is None:
                 continue
@@ -109,71 +122,109 @@ class _Writer:
             if isinstance(p.spec, TensorSpec):
                 required[p.name] = p.spec
             elif isinstance(p.spec, UnionSpec):
-                optional[p.name] = p.spec
+                unions[p.name] = p.spec
             else:
                 raise _TooHard
-        lines, known = self._group(required, known) if required else ([], known)
+        lines, known = self._group(required, known)
         local: set[str] = set()
-        for name, union in optional.items():
+        for name, union in unions.items():
             checks, known = self._union(name, union, known, local)
             lines += checks
-        shared = local & self._names_of(self.signature.result)
-        if shared:  # a size that only some calls know
+        if local & _names_of(self.signature.result):  # what only some calls know
             raise _TooHard
         return lines, known
 
-    def _result(self, known: Mapping[str, str]) -> list[str]:
+    def _result(self, known: _Known) -> list[str]:
         spec = self.signature.result
         if spec is None:
             return []
-        if isinstance(spec, TensorSpec):
-            return self._group({"_ts_r": spec}, known)[0]
-        if isinstance(spec, UnionSpec):
-            return self._union("_ts_r", spec, known, set())[0]
-        if isinstance(spec, TupleSpec) and all(m is None or isinstance(m, TensorSpec) for m in spec.members):
-            members = {f"_ts_r{i}": m for i, m in enumerate(spec.members)}
-            lines = ["if not isinstance(_ts_r, (tuple, list)): raise TypeError", f"{''.join(f'{m}, ' for m in members)}"
-                     "= _ts_r"]
-            return lines + self._group({name: m for name, m in members.items() if m is not None}, known)[0]
-        raise _TooHard
+        if not isinstance(spec, TupleSpec):
+            return self._values({"_ts_r": spec}, known)
+        members = {f"_ts_r{i}": m for i, m in enumerate(spec.members)}
+        lines = ["if not isinstance(_ts_r, (tuple, list)): raise TypeError",
+                 f"{''.join(f'{m}, ' for m in members)}= _ts_r"]
+        return lines + self._values({name: m for name, m in members.items() if m is not None}, known)
 
-    def _union(self, value: str, spec: UnionSpec, known: Mapping[str, str], local: set[str],
-               ) -> tuple[list[str], dict[str, str]]:
-        """Branches by None and by rank; the sizes known after it are those that every branch finds."""
-        tensors = [m for m in spec.members if m is not None]
-        optional = len(tensors) < len(spec.members)
-        if not all(isinstance(m, TensorSpec) for m in tensors) or any(self._names_of(m) & local for m in tensors):
+    def _values(self, specs: Mapping[str, Any], known: _Known) -> list[str]:
+        """Checks of results: tensors, and unions of them."""
+        if not all(isinstance(s, (TensorSpec, UnionSpec)) for s in specs.values()):
             raise _TooHard
-        ranks = [len(m.dims) for m in tensors if m.dims is not None and m.ellipsis is None]
-        if len(tensors) > 1 and len(set(ranks)) != len(tensors):
+        lines, known = self._group({v: s for v, s in specs.items() if isinstance(s, TensorSpec)}, known)
+        local: set[str] = set()
+        for value, union in ((v, s) for v, s in specs.items() if isinstance(s, UnionSpec)):
+            checks, known = self._union(value, union, known, local)
+            lines += checks
+        return lines
+
+    def _union(self, value: str, spec: UnionSpec, known: _Known, local: set[str]) -> tuple[list[str], _Known]:
+        """Branches by None, class and rank; the sizes known after it are those that every branch finds."""
+        tensors = [m for m in spec.members if isinstance(m, TensorSpec)]
+        classes = tuple(m for m in spec.members if isinstance(m, type))
+        if len(tensors) + len(classes) + (None in spec.members) < len(spec.members):
             raise _TooHard
+        if any(_names_of(m) & local for m in tensors):
+            raise _TooHard
+        ranks = [len(m.dims) if m.dims is not None and m.ellipsis is None else None for m in tensors]
+        if len(set(ranks)) != len(tensors) or None in ranks[:-1]:
+            raise _TooHard
+        heads = [f"if {value} is None: pass"] if None in spec.members else []
+        if classes:
+            classes_name = f"_ts_classes_{next(self.counter)}"
+            self.space[classes_name] = classes
+            heads.append(f"{'elif' if heads else 'if'} isinstance({value}, {classes_name}): pass")
         branches = [self._group({value: m}, known) for m in tensors]
-        everywhere = set.intersection(*(set(found) - set(known) for _, found in branches)) if not optional else set()
+        everywhere = set.intersection(*(set(f.sizes) - set(known.sizes) for _, f in branches)) if not heads else set()
         shared = {name: f"_ts_{next(self.counter)}_{name}" for name in sorted(everywhere)}
-        local |= {name for _, found in branches for name in found} - known.keys() - everywhere
-        lines = [f"if {value} is None: pass"] if optional else []
-        for rank, (checks, found) in zip(ranks or [0], branches):
-            word = "elif" if lines else "if"
-            head = "else:" if len(tensors) == 1 and optional else f"{word} {value}.ndim == {rank}:"
-            lines += [head, *_indent(checks), *_indent(f"{shared[n]} = {found[n]}" for n in shared)]
-        return lines + ([] if head == "else:" else ["else: raise TypeError"]), {**known, **shared}
+        local |= set().union(*map(_names_of, tensors)) - known.sizes.keys() - everywhere - _names_of_known(known)
+        lines = list(heads)
+        for rank, (checks, found) in zip(ranks, branches):
+            test = f"{'elif' if lines else 'if'} {value}.ndim == {rank}:" if rank is not None else (
+                "else:" if lines else "if True:")
+            lines += [test, *_indent(checks), *_indent(f"{shared[n]} = {found.sizes[n]}" for n in shared)]
+        if None not in ranks:
+            lines.append("else: raise TypeError")
+        return lines, replace(known, sizes={**known.sizes, **shared})
 
-    @staticmethod
-    def _names_of(spec: Any) -> set[str]:
-        return {split_fraction(a)[0] for s in tensor_specs(spec) for dim in s.dims or () for a in dim.atoms}
-
-    def _group(self, specs: Mapping[str, TensorSpec], known: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-        """Checks of tensors that are all there; the sizes known after them."""
+    def _group(self, specs: Mapping[str, TensorSpec], known: _Known) -> tuple[list[str], _Known]:
+        """Checks of tensors that are all there, and what is known after them."""
+        if not specs:
+            return [], known
         tag = next(self.counter)
         lines = [f"if not ({' and '.join(f'isinstance({v}, _ts_Tensor)' for v in specs)}): raise TypeError"]
         conditions: list[str] = []
-        dims = {v: s.dims for v, s in specs.items() if s.dims is not None}
-        axes = {(v, i): f"_ts_{tag}_{n}_{i}" for n, v in enumerate(dims) for i in range(len(dims[v]))}
-        for v in dims:
-            lines.append(self._unpack(v, specs[v], [axes[v, i] for i in range(len(dims[v]))], conditions))
+        shapes, middle = dict(known.shapes), known.middle
+        axes: dict[tuple[str, int], str] = {}
+        for v, spec in specs.items():
+            if spec.dims is None:
+                continue
+            layout = (spec.dims, spec.ellipsis, spec.broadcast)
+            if layout in shapes and not spec.broadcast:
+                conditions.append(f"{v}.shape != {shapes[layout]}")
+                continue
+            shape = shapes[layout] = f"_ts_{tag}_{len(axes)}_shape"
+            lines.append(f"{shape} = {v}.shape")
+            here = [f"_ts_{tag}_{len(axes) + i}" for i in range(len(spec.dims))]
+            axes.update({(v, i): name for i, name in enumerate(here)})
+            lines += _unpack(shape, here, spec.ellipsis)
+            if spec.ellipsis is not None:
+                inner = _middle(shape, len(here), spec.ellipsis)
+                conditions += [f"{inner} != {middle}"] if middle is not None else []
+                middle = middle or inner
+        sizes = self._solve(specs, known.sizes, axes, lines, conditions)
+        dtypes = dict(known.dtypes)
+        for v, spec in specs.items():
+            conditions += self._types(v, spec, dtypes)
+        if conditions:
+            lines.append(f"if {' or '.join(conditions)}: raise ValueError")
+        return lines, _Known(sizes, shapes, middle, dtypes)
+
+    def _solve(self, specs: Mapping[str, TensorSpec], known: Mapping[str, str], axes: Mapping[tuple[str, int], str],
+               lines: list[str], conditions: list[str]) -> dict[str, str]:
+        """The variables of all sizes, from those that are known and the axes; appends what has to hold."""
+        solved = {v: s.solved_dims for v, s in specs.items() if (v, 0) in axes}
         variables = dict(known)
         plain: set[tuple[str, int]] = set()
-        for step in solve(dims, known):
+        for step in solve(solved, known):
             if not step.name.isidentifier():
                 raise _TooHard
             axis = axes[step.parameter, step.axis]
@@ -181,31 +232,21 @@ class _Writer:
                 variables[step.name] = axis
                 plain.add((step.parameter, step.axis))
             else:
-                variables[step.name] = f"_ts_{tag}_{len(variables)}"
+                variables[step.name] = f"{axis}_solved"
                 lines.append(f"{variables[step.name]} = {_solution(step, axis, variables)}")
                 conditions.append(f"{variables[step.name]} < 0")
-        conditions += [f"{axes[v, i]} != {code(dim, variables)}" for v, shape in dims.items()
-                       for i, dim in enumerate(shape) if (v, i) not in plain]
-        fractions = dict.fromkeys(split_fraction(a) for shape in dims.values() for d in shape for a in d.atoms)
+        dims = {(v, i): (dim, i in specs[v].broadcast) for v in solved for i, dim in enumerate(specs[v].dims or ())}
+        if any(split_fraction(a)[0] not in variables for dim, _ in dims.values() for a in dim.atoms):
+            raise _TooHard  # a dim that may also be 1, of a size that nothing else has
+        for place, (dim, or_1) in dims.items():
+            if place not in plain:
+                differs = f"{axes[place]} != {code(dim, variables)}"
+                conditions.append(f"{axes[place]} != 1 and {differs}" if or_1 else differs)
+        fractions = dict.fromkeys(split_fraction(a) for dim, _ in dims.values() for a in dim.atoms)
         conditions += [f"{variables[name]} % {divisor}" for name, divisor in fractions if divisor > 1]
-        for v, spec in specs.items():
-            conditions += self._types(v, spec)
-        if conditions:
-            lines.append(f"if {' or '.join(conditions)}: raise ValueError")
-        return lines, variables
+        return variables
 
-    def _unpack(self, value: str, spec: TensorSpec, axes: list[str], conditions: list[str]) -> str:
-        targets = list(axes)
-        if spec.ellipsis is not None:
-            middle = f"_ts_middle_{next(self.counter)}"
-            targets.insert(spec.ellipsis, f"*{middle}")
-            if self.ellipsis is None:
-                self.ellipsis = middle
-            else:
-                conditions.append(f"{middle} != {self.ellipsis}")
-        return f"{''.join(f'{t}, ' for t in targets) or '()'} = {value}.shape"
-
-    def _types(self, value: str, spec: TensorSpec) -> list[str]:
+    def _types(self, value: str, spec: TensorSpec, dtypes: dict[str, str]) -> list[str]:
         found = []
         if spec.annotation is not None and spec.annotation.dtype is not None:
             if spec.annotation.dtype is int4:
@@ -213,9 +254,44 @@ class _Writer:
             name = f"_ts_{spec.annotation.dtype.name}"
             self.space[name] = spec.annotation.dtype.torch
             found.append(f"{value}.dtype is not {name}")
+        group = spec.dtypes
+        if group is not None and group.is_same and group.name in dtypes:
+            found.append(f"{value}.dtype is not {dtypes[group.name]}")
+        elif group is not None:
+            name = f"_ts_group_{next(self.counter)}"
+            self.space[name] = group.torch
+            found.append(f"{value}.dtype not in {name}")
+            if group.is_same:
+                dtypes[group.name] = f"{value}.dtype"
         if spec.annotation is not None and spec.annotation.device is not None:
             found.append(f"{value}.device.type != {spec.annotation.device!r}")
         return found
+
+
+def _names_of(spec: Any) -> set[str]:
+    """What a spec names: sizes, "..." and groups of one dtype."""
+    specs = list(tensor_specs(spec))
+    sizes = {split_fraction(a)[0] for s in specs for dim in s.dims or () for a in dim.atoms}
+    groups = {f"dtype {s.dtypes.name}" for s in specs if s.dtypes is not None and s.dtypes.is_same}
+    return sizes | groups | ({"..."} if any(s.ellipsis is not None for s in specs) else set())
+
+
+def _names_of_known(known: _Known) -> set[str]:
+    return {f"dtype {name}" for name in known.dtypes} | ({"..."} if known.middle is not None else set())
+
+
+def _unpack(shape: str, axes: list[str], ellipsis: int | None) -> list[str]:
+    """Name the axes of a shape; raises at run time where it has not so many."""
+    if ellipsis is None:
+        return [f"{''.join(f'{a}, ' for a in axes) or '()'} = {shape}"]
+    lines = [f"if len({shape}) < {len(axes)}: raise ValueError"] if 0 < ellipsis < len(axes) else []
+    return lines + [f"{a} = {shape}[{i if i < ellipsis else i - len(axes)}]" for i, a in enumerate(axes)]
+
+
+def _middle(shape: str, n_axes: int, ellipsis: int) -> str:
+    """What "..." stands for."""
+    first, last = str(ellipsis or ""), str(ellipsis - n_axes or "")
+    return f"{shape}[{first}:{last}]" if first or last else shape
 
 
 def _indent(lines: Iterable[str]) -> list[str]:

@@ -32,6 +32,7 @@ from tessera.types import int4
 
 NO_RESULT = object()
 _PACKAGE = Path(__file__).parent
+_OPERATIONS = str(_PACKAGE.parent / "ops")
 GENERATED = "<checks of "  # how the file names of generated code begin
 _MOST_READINGS = 64  # of a call with several unions
 
@@ -47,6 +48,7 @@ class _Leaf:
     path: str
     spec: TensorSpec
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def match(signature: Signature, values: Mapping[str, Any], result: Any = NO_RESULT) -> dict[str, int]:
@@ -151,7 +153,7 @@ def _leaf(path: str, spec: TensorSpec, value: Any) -> _Leaf:
         raise _Misfit(f"{path} is {_described(value)}; expected a tensor{f' {spec}' if spec.annotation else ''}")
     shape = tuple(value.shape)
     if spec.annotation is None or spec.dims is None:
-        return _Leaf(path, spec, shape)
+        return _Leaf(path, spec, shape, value.dtype)
     rank, dtype = len(spec.dims), spec.annotation.dtype
     if len(shape) < rank if spec.ellipsis is not None else len(shape) != rank:
         least = "at least " if spec.ellipsis is not None else ""
@@ -159,11 +161,14 @@ def _leaf(path: str, spec: TensorSpec, value: Any) -> _Leaf:
                       f"{least}{rank}: {spec}")
     if dtype is not None and value.dtype is not dtype.torch:
         raise _Misfit(f"{path} is {value.dtype}; expected {dtype.torch}: {spec}")
+    if spec.dtypes is not None and value.dtype not in spec.dtypes.torch:
+        names = ", ".join(str(member.torch) for member in spec.dtypes.members)
+        raise _Misfit(f"{path} is {value.dtype}; expected one of {names}: {spec}")
     if spec.annotation.device is not None and value.device.type != spec.annotation.device:
         raise _Misfit(f"{path} is on {value.device}; expected {spec.annotation.device}: {spec}")
     if dtype is int4 and shape:
         shape = (*shape[:-1], shape[-1] * 2)  # two to a byte
-    return _Leaf(path, spec, shape)
+    return _Leaf(path, spec, shape, value.dtype)
 
 
 def _described(value: Any) -> str:
@@ -180,11 +185,12 @@ def _described(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis of one tensor."""
+    """One axis of one tensor; with `or_1`, its size may be 1 as well."""
 
     leaf: _Leaf
     index: int
     dim: Dim
+    or_1: bool
 
     @property
     def size(self) -> int:
@@ -196,12 +202,13 @@ class _Axis:
 
 def _sizes(leaves: Sequence[_Leaf], numbers: Mapping[str, int]) -> dict[str, int]:
     """Solve the sizes of a call and check every axis against them."""
+    _check_same_dtypes(leaves)
     quick = _plain_sizes(leaves, numbers)
     if quick is not None:
         return quick
     _check_ellipsis(leaves)
     axes = {leaf.path: _axes(leaf) for leaf in leaves if leaf.spec.dims is not None}
-    dims = {path: tuple(axis.dim for axis in found) for path, found in axes.items()}
+    dims = {leaf.path: leaf.spec.solved_dims for leaf in leaves if leaf.spec.dims is not None}
     sizes = dict(numbers)
     origins: dict[str, _Axis] = {}
     for step in solve(dims, numbers):
@@ -234,7 +241,19 @@ def _axes(leaf: _Leaf) -> list[_Axis]:
     assert leaf.spec.dims is not None
     rank, front = len(leaf.spec.dims), leaf.spec.ellipsis
     skip = len(leaf.shape) - rank
-    return [_Axis(leaf, i if front is None or i < front else i + skip, dim) for i, dim in enumerate(leaf.spec.dims)]
+    return [_Axis(leaf, i if front is None or i < front else i + skip, dim, i in leaf.spec.broadcast)
+            for i, dim in enumerate(leaf.spec.dims)]
+
+
+def _check_same_dtypes(leaves: Sequence[_Leaf]) -> None:
+    """Tensors of a named group have one dtype."""
+    first: dict[str, _Leaf] = {}
+    for leaf in leaves:
+        group = leaf.spec.dtypes
+        if group is not None and group.is_same:
+            other = first.setdefault(group.name, leaf)
+            if other.dtype is not leaf.dtype:
+                raise _Misfit(f"{leaf.path} is {leaf.dtype} but {other.path} is {other.dtype}; expected one dtype")
 
 
 def _check_ellipsis(leaves: Sequence[_Leaf]) -> None:
@@ -251,6 +270,8 @@ def _check_ellipsis(leaves: Sequence[_Leaf]) -> None:
 
 
 def _check_axis(axis: _Axis, sizes: Mapping[str, int], origins: Mapping[str, _Axis]) -> None:
+    if axis.or_1 and (axis.size == 1 or any(split_fraction(a)[0] not in sizes for a in axis.dim.atoms)):
+        return  # of a size that nothing else has, nothing is known
     if str(axis.dim) in origins and str(axis.dim) not in axis.dim.atoms:
         expected = sizes[str(axis.dim)]  # a product that is one size, as none of its names is known
     else:
@@ -268,8 +289,12 @@ def _check_axis(axis: _Axis, sizes: Mapping[str, int], origins: Mapping[str, _Ax
         raise _Misfit(f"{axis.leaf.path} has {axis.size} (axis {axis.index} of {list(axis.leaf.shape)}); "
                       f"expected {expected}: {axis.leaf.spec}")
     names = sorted({split_fraction(a)[0] for a in axis.dim.atoms}) if str(axis.dim) not in sizes else [str(axis.dim)]
-    others = " and ".join(_said(name, sizes, origins) for name in names)
+    own = [name for name in names if origins.get(name) == axis]
+    others = " and ".join(_said(name, sizes, origins) for name in names if name not in own)
+    if own:  # solved from this very axis
+        raise _Misfit(f"{axis}{' but ' if others else ''}{others}, and there is no {own[0]} to that")
     so = "" if str(axis.dim) in names else f", so {axis.dim} is {expected}"
+    so += "; 1 would fit as well" if axis.or_1 else ""
     raise _Misfit(f"{axis} but {others}{so}")
 
 
@@ -281,9 +306,9 @@ def _said(name: str, sizes: Mapping[str, int], origins: Mapping[str, _Axis]) -> 
 # -- where the call stands --------------------------------------------------------------------------
 
 
-def caller_frame() -> FrameType | None:
-    """The innermost frame that is neither ours nor torch's."""
-    ours = (str(_PACKAGE), str(_PACKAGE.parent / "callable.py"), str(Path(torch.__file__).parent), GENERATED)
+def caller_frame(*also: str) -> FrameType | None:
+    """The innermost frame that is neither this package's nor torch's, nor in one of the folders `also`."""
+    ours = (str(_PACKAGE), str(_PACKAGE.parent / "callable.py"), str(Path(torch.__file__).parent), GENERATED, *also)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.startswith(ours):
@@ -295,5 +320,5 @@ def caller_frame() -> FrameType | None:
 def _call_site() -> str:
     if torch.compiler.is_compiling():  # torch.compile, which traces this too, cannot look at frames
         return ""
-    frame = caller_frame()
+    frame = caller_frame(_OPERATIONS)  # which call each other: the line that is meant is their caller's
     return "" if frame is None else f"; called at {frame.f_code.co_filename}:{frame.f_lineno}"

@@ -178,7 +178,7 @@ def _progress(failure: Failure, function: Callable[..., Any]) -> float:
 
 def _dtype_choices(signature: Signature) -> Iterator[Mapping[int, torch.dtype]]:
     """Types of the tensors without an annotated one, by their place among those: f32, then indices, then masks."""
-    free = range(sum(s.annotation is None or s.annotation.dtype is None
+    free = range(sum(s.annotation is None or (s.annotation.dtype is None and s.dtypes is None)
                      for p in signature.parameters for s in tensor_specs(p.spec)))
     for n in range(len(free) + 1):
         for places in itertools.combinations(free, n):
@@ -354,6 +354,8 @@ class _Maker:
             dtype = annotation.dtype.torch
             if annotation.dtype is int4:
                 shape = [*shape[:-1], shape[-1] // 2]
+        elif spec.dtypes is not None:
+            dtype = spec.dtypes.members[0].torch
         else:
             dtype = self.dtypes.get(next(self.free), torch.float32)
         device = annotation.device if annotation is not None else None

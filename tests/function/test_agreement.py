@@ -14,7 +14,7 @@ from tessera.errors import ShapeError
 from tessera.function.annotations import read_signature
 from tessera.function.match import match
 
-DIMS = ("A", "B", "C", 2, "A+1", "2*B", "A*B", "B/2", "A+B", "C-1", "n", "A+n")
+DIMS = ("A", "B", "C", 2, "A+1", "2*B", "A*B", "B/2", "A+B", "C-1", "n", "A+n", "#A", "#2*B")
 DTYPES = (None, None, torch.float32, torch.int64)
 LARGEST = 7  # of a size that the search tries
 
@@ -25,7 +25,8 @@ def holds(dims: list[tuple], shapes: list[tuple], n: int) -> bool:
         return False
     for a, b, c in itertools.product(range(LARGEST), repeat=3):
         sizes = {"A": a, "B": b, "C": c, "n": n}
-        if all(eval(str(dim), {}, dict(sizes)) == size for d, s in zip(dims, shapes) for dim, size in zip(d, s)):
+        if all(eval(str(dim).lstrip("#"), {}, dict(sizes)) == size or (size == 1 and str(dim).startswith("#"))
+               for d, s in zip(dims, shapes) for dim, size in zip(d, s)):
             return True
     return False
 
@@ -36,7 +37,8 @@ def draw(rng: random.Random) -> tuple[list[tuple], list[tuple], list, int]:
     dims = [tuple(rng.choice(DIMS) for _ in range(rng.randint(0, 3))) for _ in range(rng.randint(1, 3))]
     dims.insert(0, ("A", "B", "C"))  # known, so that the search and the solver mean the same
     rng.shuffle(dims)
-    shapes = [tuple(int(eval(str(dim), {}, sizes)) for dim in d) for d in dims]
+    shapes = [tuple(1 if rng.random() < 0.3 and str(dim).startswith("#") else int(eval(str(dim).lstrip("#"), {}, sizes))
+                    for dim in d) for d in dims]
     for i in range(len(shapes)):
         if rng.random() < 0.25 and shapes[i]:
             axis = rng.randrange(len(shapes[i]))

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tessera as ts
 from tessera import Tensor, bf16, f32, int4, int32
 from tessera.errors import InputError, ShapeError
+from tessera.types import floating, integer, one_float
 
 
 def t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -86,6 +87,31 @@ def packed(x: Tensor["N", "K", int4], scale: Tensor["N", "K/32"]):
     return None
 
 
+@ts.function
+def narrow(x: Tensor["B", "S", one_float], y: Tensor["S", one_float], w: Tensor["S", f32 | bf16] | None = None,
+           ids: Tensor["B", integer] | None = None, wide: bool = False) -> Tensor["B", "S", one_float]:
+    return x.double() if wide else x
+
+
+@ts.function
+def masked(x: Tensor["B", "G*H", "S"], k: Tensor["B", "H", "T"],
+           mask: Tensor["#S", "#T"] | Tensor["#B", "#G*H", "#S", "#T"] | str | None = None):
+    return None
+
+
+@ts.function
+def beside(x: Tensor["...", "D", floating], y: Tensor["...", "D"], z: Tensor["...", "E"]) -> Tensor["...", "D"]:
+    return y
+
+
+@ts.function
+def even(x: Tensor["...", "2*F"]) -> Tensor["...", "F"]:
+    return x[..., ::2]
+
+
+BF16, I64 = torch.bfloat16, torch.int64
+
+
 @pytest.mark.parametrize("function, args, problem", [
     (rms_norm, (t(5, 64), t(64)), "x has 2 axes, [5, 64]; expected 3"),
     (rms_norm, (3, t(64)), r'x is of type int; expected a tensor ["B", "S", "D"]'),
@@ -110,6 +136,24 @@ def packed(x: Tensor["N", "K", int4], scale: Tensor["N", "K/32"]):
     (leading, (t(), t(4, 6)), "x has 0 axes, []; expected at least 1"),
     (middle, (t(2, 3, 4, 5), t(2, 4, 5)), 'y has [4] for "..." but x has [3, 4]'),
     (middle, (t(2, 3, 5), t(2, 3, 6)), "y has D=6 (axis 2 of [2, 3, 6]) but x has D=5"),
+    (narrow, (t(2, 3), t(3, dtype=BF16)), "y is torch.bfloat16 but x is torch.float32; expected one dtype"),
+    (narrow, (t(2, 3, dtype=I64), t(3, dtype=I64)), "x is torch.int64; expected one of torch.float32, torch.bfloat16"),
+    (narrow, (t(2, 3), t(3), None, None, True), "result is torch.float64 but x is torch.float32; expected one dtype"),
+    (narrow, (t(2, 3), t(3), t(3, dtype=torch.float16)),
+     'w is torch.float16; expected one of torch.float32, torch.bfloat16: ["S", f32 or bf16]'),
+    (narrow, (t(2, 3), t(3), None, t(2)), "ids is torch.float32; expected one of torch.int64"),
+    (narrow, (t(2, 3), t(3), None, t(3, dtype=I64)), "ids has B=3 (axis 0 of [3]) but x has B=2 (axis 0 of [2, 3])"),
+    (masked, (t(2, 6, 5), t(2, 4, 7)),
+     "x has G*H=6 (axis 1 of [2, 6, 5]) but k has H=4 (axis 1 of [2, 4, 7]), and there is no G to that"),
+    (masked, (t(2, 6, 5), t(2, 3, 7), t(4, 7)),
+     "mask has S=4 (axis 0 of [4, 7]) but x has S=5 (axis 2 of [2, 6, 5]); 1 would fit as well"),
+    (masked, (t(2, 6, 5), t(2, 3, 7), t(1, 3, 1, 1)), "mask has G*H=3 (axis 1 of [1, 3, 1, 1]) but x has G*H=6"),
+    (even, (t(3, 7),), "x has 2*F=7 (axis 1 of [3, 7]), and there is no F to that"),
+    (masked, (t(2, 6, 5), t(2, 3, 7), t(5, 5, 7)), "mask is a tensor [5, 5, 7]"),
+    (masked, (t(2, 6, 5), t(2, 3, 7), 3), "mask is of type int"),
+    (beside, (t(2, 4), t(3, 4), t(2, 5)), 'y has [3] for "..." but x has [2]'),
+    (beside, (t(2, 4), t(2, 5), t(2, 5)), "y has D=5 (axis 1 of [2, 5]) but x has D=4"),
+    (beside, (t(2, 4), t(2, 4), t(3, 5)), 'z has [3] for "..." but x has [2]'),
     (packed, (t(3, 32, dtype=torch.uint8), t(3, 1)), "scale has K/32=1 (axis 1 of [3, 1]) but x has K=64"),
 ])
 def test_misfit(function, args, problem) -> None:
@@ -127,9 +171,21 @@ def test_misfit(function, args, problem) -> None:
     (product, (t(6, 2), t(6))), (leading, (t(4), t(4, 6))), (leading, (t(2, 3, 1, 4), t(4, 6))),
     (middle, (t(2, 5), t(2, 5))), (middle, (t(2, 3, 4, 5), t(2, 3, 4, 5))),
     (packed, (t(3, 32, dtype=torch.uint8), t(3, 2))),
+    (narrow, (t(2, 3), t(3), t(3, dtype=BF16), t(2, dtype=torch.int16))),
+    (narrow, (t(2, 3, dtype=BF16), t(3, dtype=BF16), t(3), t(2, dtype=torch.uint8))),
+    (masked, (t(2, 6, 5), t(2, 3, 7), t(5, 7))), (masked, (t(2, 6, 5), t(2, 3, 7), t(1, 1))),
+    (masked, (t(2, 6, 5), t(2, 3, 7), t(2, 6, 1, 7))), (masked, (t(2, 6, 5), t(2, 3, 7), t(1, 1, 5, 1))),
+    (masked, (t(2, 6, 5), t(2, 3, 7), "causal")), (masked, (t(0, 6, 5), t(0, 3, 7), None)),
+    (beside, (t(4), t(4), t(3))), (beside, (t(2, 3, 4), t(2, 3, 4), t(2, 3, 1))),
 ])
 def test_fit(function, args) -> None:
     function(*args)
+
+
+@pytest.mark.parametrize("function", [narrow, masked, beside])
+def test_usual_calls_are_decided_without_the_matcher(function) -> None:
+    text = "\n".join(str(c) for c in inspect.unwrap(function, stop=lambda f: f.__name__ == "checked").__code__.co_names)
+    assert "is_compiling" not in text  # what stands before a call of the matcher in every case
 
 
 @pytest.mark.parametrize("annotation, good, bad", [
@@ -328,6 +384,9 @@ def test_under_torch_compile_checks_cost_no_graph_break(dynamic) -> None:
         x, w = torch.randn(shape), torch.randn(8)
         torch.testing.assert_close(compiled(x, w), rms_norm(x, w) + 1)
     assert calls.frame_count == (1 if dynamic else 2)
+    q, k, mask = t(2, 6, 5), t(2, 3, 7), torch.ones(5, 7, dtype=torch.bool)
+    torch.compile(lambda: (masked(q, k, mask), narrow(t(2, 3), t(3)), beside(q, q, q)), backend=calls, fullgraph=True,
+                  dynamic=dynamic)()
     with pytest.raises(Exception, match="weight has D=63"):
         torch.compile(lambda x, w: rms_norm(x, w) + 1, backend="eager")(t(2, 5, 64), t(63))
     torch._dynamo.reset()
