@@ -102,9 +102,11 @@ def chat(
     dequantize: Dequantize = False, debug: Debug = False,
 ) -> None:
     """Talk with a model; /help lists the commands."""
-    from tessera.cli import chat as command
-
-    command.run(
+    if tp > 1:
+        from tessera.cli.chat_ranks import run
+    else:
+        from tessera.cli.chat import run
+    run(
         ModelOptions(path=model, dtype=dtype, threads=threads, tp=tp, dequantize=dequantize),
         SamplingOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

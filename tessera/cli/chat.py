@@ -1,6 +1,7 @@
 """`tessera chat`: a conversation with a model.
 
-In: lines from a terminal or a pipe. Out: streamed answers on stdout, notes on stderr. Called by cli.app.
+In: lines from a terminal or a pipe. Out: streamed answers on stdout, notes on stderr. Called by cli.app, and
+by cli.chat_ranks for several ranks.
 """
 
 from __future__ import annotations
@@ -27,12 +28,7 @@ def run(model: ModelOptions, sampling: SamplingOptions, *, system: str | None) -
     Raises:
         TesseraError: the model cannot be loaded; or, when the input is not a terminal, a turn fails.
     """
-    if model.tp > 1:
-        from tessera.cli import chat_ranks
-
-        chat_ranks.run(model, sampling, system)
-    else:
-        converse(Conversation(load(model), sampling, system).take)
+    converse(Conversation(load(model), sampling, system).take)
 
 
 def converse(take: Callable[[str], bool]) -> None:

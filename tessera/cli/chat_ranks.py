@@ -1,6 +1,6 @@
 """`tessera chat --tp N`: a conversation with a model that several ranks share.
 
-In: this process's stdin, which the first rank takes over. Out: as `chat`. Called by cli.chat.
+In: this process's stdin, which the first rank takes over. Out: as `chat`. Called by cli.app.
 
 All ranks hold the same conversation. The first one reads, sends each line to the others, and speaks; they wait for
 lines at a pipe, as long as it takes. Ctrl-C reaches the first rank alone; the ranks agree after each piece of an
@@ -28,7 +28,7 @@ from tessera.cli.options import ModelOptions, SamplingOptions
 from tessera.errors import TesseraError
 
 
-def run(model: ModelOptions, sampling: SamplingOptions, system: str | None) -> None:
+def run(model: ModelOptions, sampling: SamplingOptions, *, system: str | None) -> None:
     """Converse until the input ends.
 
     Raises:
