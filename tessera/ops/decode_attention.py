@@ -26,8 +26,7 @@ def _kernel(
     parts = torch.empty(B, K, max(1, -(-T // SPAN)), H // K, D + 2, device=q_BHD.device)
     sinks_KG = None if sinks_H is None else sinks_H.view(K, H // K)
     decode_attention_kernel(
-        q_BKGD, k_BKTD, v_BKTD, out_BKGD, parts, scale, allowed_BT, place, window, sinks_KG, softcap,
-        H != K or not q_BHD.is_cpu, not q_BHD.is_cpu)
+        q_BKGD, k_BKTD, v_BKTD, out_BKGD, parts, scale, allowed_BT, place, window, sinks_KG, softcap)
     return out_BKGD.view(B, H, D)
 
 

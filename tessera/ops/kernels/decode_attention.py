@@ -20,7 +20,7 @@ def decode_attention_kernel(
     out: Tile["B", "H_kv", "G", "D"], parts: Tile["B", "H_kv", "P", "G", "D + 2", f32], scale: float,
     allowed: Optional[Tile["B", "T", bool_]] = None, place: Optional[Tile["ONE", int64]] = None,  # noqa: UP045
     window: Optional[int] = None, sinks: Optional[Tile["H_kv", "G"]] = None,  # noqa: UP045
-    softcap: constexpr = None, score_products: constexpr = True, value_products: constexpr = True,
+    softcap: constexpr = None,
 ):
     """out = softmax(q k^T scale) v; spans of keys are taken by different programs, then put together in order.
 
@@ -38,8 +38,6 @@ def decode_attention_kernel(
         window: only this many keys, up to `place`, are seen; >= 1.
         sinks: [H_kv, G], a logit a head that takes its share of the softmax and has no value.
         softcap: scores become softcap * tanh(scores / softcap).
-        score_products, value_products: whether scores and weighted values are matrix products, or sums over lanes,
-            which are quicker on the CPU for a single query, and for the values of a few.
     """
     ctx = tile.context()
     factor = scale if softcap is None else 1.0
@@ -48,6 +46,8 @@ def decode_attention_kernel(
         last = place[0]
     for batch, head, part in tile.grid(ctx.B, ctx.H_kv, ctx.P):
         queries = tile.cast(tile.load(q[batch, head]), f32)
+        # What lies behind the last key is not read: a weight of 0 times NaN would be NaN.
+        seen_keys, seen_values = k[batch, head, 0:last + 1], v[batch, head, 0:last + 1]
         top = tile.full((ctx.G,), -float("inf"), f32)
         total = tile.zeros((ctx.G,), f32)
         result = tile.zeros((ctx.G, ctx.D), f32)
@@ -55,21 +55,14 @@ def decode_attention_kernel(
         if window is not None:
             first = tile.maximum(first, tile.maximum(last - window + 1, 0) // ctx.block_n * ctx.block_n)
         for start in tile.range(first, tile.minimum(part * SPAN + SPAN, last + 1), ctx.block_n):
-            at = tile.arange(ctx.block_n) + start
-            keys = tile.cast(tile.load(k[batch, head, start:start + ctx.block_n]), f32)
-            values = tile.cast(tile.load(v[batch, head, start:start + ctx.block_n]), f32)
-            if score_products:
-                scores = tile.mma(queries, tile.transpose(keys))
-            else:
-                scores = tile.reduce_sum(queries[:, None, :] * keys[None, :, :], axis=-1)
+            keys = tile.cast(tile.load(seen_keys[start:start + ctx.block_n]), f32)
+            scores = tile.mma(queries, tile.transpose(keys))
             if softcap is not None:
                 scores = softcap * tile.tanh(scores * scale / softcap)
             if allowed is not None:
                 scores = tile.where(allowed[batch, start:start + ctx.block_n][None, :], scores, -float("inf"))
-            if place is not None:
-                scores = tile.where((at <= last)[None, :], scores, -float("inf"))
-                values = tile.where((at <= last)[:, None], values, 0.0)  # a weight of 0 times NaN would be NaN
             if window is not None:
+                at = tile.arange(ctx.block_n) + start
                 scores = tile.where((at > last - window)[None, :], scores, -float("inf"))
             new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
             safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
@@ -77,10 +70,8 @@ def decode_attention_kernel(
             weights = tile.exp((scores - safe_top[:, None]) * factor)
             shrink = tile.exp((top - safe_top) * factor)
             total = total * shrink + tile.reduce_sum(weights, axis=-1)
-            if value_products:
-                result = result * shrink[:, None] + tile.mma(weights, values)
-            else:
-                result = result * shrink[:, None] + tile.reduce_sum(weights[:, :, None] * values[None, :, :], axis=1)
+            values = tile.cast(tile.load(seen_values[start:start + ctx.block_n]), f32)
+            result = result * shrink[:, None] + tile.mma(weights, values)
             top = new_top
         tile.store(parts[batch, head, part, :, 0:ctx.D], result)
         tile.store(parts[batch, head, part, :, ctx.D], total)

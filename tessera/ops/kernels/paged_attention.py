@@ -52,9 +52,11 @@ def paged_attention_kernel(
         for slot in tile.range(first, last):
             page = table[batch, slot]
             at = tile.arange(ctx.PAGE) + slot * ctx.PAGE
-            keys = tile.cast(tile.load(k[page, :, head, :]), f32)
-            values = tile.cast(tile.load(v[page, :, head, :]), f32)
-            values = tile.where((at < length)[:, None], values, 0.0)  # a weight of 0 times NaN would be NaN
+            # What lies behind the last key is not read: a weight of 0 times NaN would be NaN.
+            filled = tile.minimum(length - slot * ctx.PAGE, ctx.PAGE)
+            seen_keys, seen_values = k[page, 0:filled, head], v[page, 0:filled, head]
+            keys = tile.cast(tile.load(seen_keys[0:ctx.PAGE]), f32)
+            values = tile.cast(tile.load(seen_values[0:ctx.PAGE]), f32)
             scores = tile.mma(queries, tile.transpose(keys))
             if softcap is not None:
                 scores = softcap * tile.tanh(scores * scale / softcap)

@@ -94,18 +94,48 @@ def test_other_processors(name):
             assert torch.equal(run(rows_by_columns.retype({}), x, w, 33, 50), packed(x, w))
 
 
-@pytest.mark.parametrize("name,tile_name,steps", [("avx2", "6x16", 4), ("avx512", "14x32", 1)])
-def test_the_inner_loop_has_no_spills(name, tile_name, steps):
-    """A broadcast element feeds two multiply-adds, and all sums stay in registers."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name,most", [("avx2", 6), ("avx512", 14)])
+def test_the_inner_loops_have_no_spills(name, most, dtype):
+    """A broadcast element feeds two multiply-adds, or four where there are few rows; all sums stay in registers."""
     host = target(name)
-    rows = int(tile_name.split("x")[0])
-    function = rows_by_columns.with_schedule(tile={"BM": 2 * rows, "BN": 64}).trace()
+    function = each_row.trace(w=dtype)
     module, _ = lower(prepare(function, lambda function, dims: []), host)
-    text = jit.compile_to_asm(module.text(), host).split(f"product_{tile_name}:")[1].split("func_end")[0]
-    loops = re.findall(r"^(\.LBB\w+):\n((?:\t.*\n)*?)\tj\w+\t\1\n", text, re.MULTILINE)
-    body = max((body for _, body in loops), key=len)
-    assert body.count("vfmadd") == steps * rows * 2
-    assert "(%rsp)" not in body and "(%rbp)" not in body
+    text = jit.compile_to_asm(module.text(), host)
+    suffix = str(dtype).removeprefix("torch.").replace("float32", "f32").replace("bfloat16", "bf16")
+    for rows in (1, 2, 3, 4, most):
+        code = text.split(f"product_{rows}_{suffix}:")[1].split("func_end")[0]
+        loops = re.findall(r"^(\.LBB\w+):\n((?:\t.*\n)*?)\tj\w+\t\1\n", code, re.MULTILINE)
+        body = max((body for _, body in loops), key=len)
+        assert body.count("vfmadd") % (2 * rows) == 0 and body.count("vfmadd") >= 24
+        assert "(%rsp)" not in body
+
+
+@kernel
+def each_row(x: Tile["B", "M", "K"], w: Tile["K", "N"], out: Tile["B", "M", "N"], steps: int):
+    """x @ w, blocks of K one after the other, all rows and columns at once: what decoding does with its values."""
+    ctx = tile.context()
+    for i in tile.grid(ctx.B):
+        total = tile.zeros((ctx.M, ctx.N), f32)
+        for start in tile.range(0, steps, ctx.block_k):
+            total = tile.mma(tile.load(x[i, :, start:start + ctx.block_k]),
+                             tile.cast(tile.load(w[0:steps][start:start + ctx.block_k]), f32), total)
+        tile.store(out[i], total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 40, 64, 150])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 16, 23])
+def test_few_rows_read_the_right_operand_in_place(m, n, dtype):
+    """Row by row or transposed, all of K or some of it; what lies behind the last step is not read."""
+    k, steps = 300, 290
+    x, w = draw(m, k, seed=m), draw(n, k, seed=n + 1, dtype=dtype)
+    w[:, steps:] = float("nan")
+    expected = packed(x[:, :steps].contiguous(), w[:, :steps].contiguous())
+    for weights in (w.T.contiguous(), w.T, torch.zeros(2 * k, n + 1, 3, dtype=dtype)[::2, :n, 0].copy_(w.T)):
+        out = torch.full((m, n), float("nan"))
+        each_row.with_schedule(tile={"BK": 200})(x[None], weights, out[None], steps)
+        assert torch.equal(out, expected)
 
 
 @kernel

@@ -38,7 +38,8 @@ def lower_mma(ctx: Context, op: Op) -> None:
     if _dot_of(ctx, op) is None:
         sweep(ctx, result.type, [], lambda point: _chain(ctx, op, point), 2 * vector_lanes(ctx))
         return
-    if _in_loop(ctx, op) and resident.fits(op) and register_type(result.type.dtype) == F32:
+    if _in_loop(ctx, op) and register_type(result.type.dtype) == F32 and (
+            resident.fits(op) or memory_of(ctx, op.operands[1]) is not None):
         _resident(ctx, op, memory)
     else:
         _multiply_into(ctx, op, memory, result.type)
@@ -201,8 +202,8 @@ def _resident(ctx: Context, op: Op, memory: Memory) -> None:
     """Blocks that a loop works on."""
     a, w, type_ = op.operands[0], op.operands[1], op.result.type
     sizes = ctx.size(type_.extent(type_.rank - 2)), ctx.size(type_.extent(type_.rank - 1)), inner_extent(ctx, op)
-    scratch = ctx.scratch(resident.scratch_bytes(ctx, op))
     left, stored = _in_f32(ctx, a), memory_of(ctx, w)
+    scratch = ctx.scratch(resident.scratch_bytes(ctx, op, in_memory=stored is not None))
 
     def nest(batch: tuple[Val, ...]) -> None:
         if len(batch) < type_.rank - 2:

@@ -58,18 +58,28 @@ def packable(ctx: Context, x: Val, dot: Dot, shift: int) -> Val:
 
 
 def memory_of(ctx: Context, value: Value) -> Memory | None:
-    """The memory behind a value that is only moved: loaded, transposed."""
+    """The memory behind a value that is only moved: loaded, transposed, held as f32."""
     if value.name in ctx.memory:
         return ctx.memory[value.name]
     if value.op is None:
         return None
     if value.op.name == "load":
         return ctx.memory[value.op.operands[0].name]
+    if _widens(value):
+        return memory_of(ctx, value.op.operands[0])
     if value.op.name == "transpose":
         source = memory_of(ctx, value.op.operands[0])
         if source is not None:
             return replace(source, strides=tuple(source.strides[p] for p in value.op.attrs["perm"]))
     return None
+
+
+def _widens(value: Value) -> bool:
+    """Whether a value is a cast to f32 that rounds nothing: registers hold narrower floats as f32 anyway."""
+    if value.op is None or value.op.name != "cast" or value.type.dtype.name != "f32":
+        return False
+    source = value.op.operands[0].type.dtype
+    return source.is_float and source.bits <= 32
 
 
 def unit_axis(ctx: Context, value: Value) -> int:
