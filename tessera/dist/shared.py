@@ -36,6 +36,10 @@ _KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast
 _NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if name != "int4"}
 _REDUCED = frozenset(DTYPES[name].torch for name in "f32 f64 bf16 f16 int8 uint8 int32 int64".split())
 _MAX_PLANS = 4096
+_LONG, _PAGE = 4 << 20, 4096  # bytes
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
+if _madvise is not None:
+    _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 @dataclass
@@ -92,39 +96,38 @@ class SharedLine:
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum (max, min, prod) of the ranks' x; 16-bit types in f32, rounded once."""
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = _empty(x.shape, x.dtype)
         self._move("all_reduce", x.contiguous(), out, reduce=op, low=0, high=x.numel())
         return out
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """This rank's part, of sizes[here] elements, of the sum of the ranks' x, a vector."""
-        out, start = x.new_empty(sizes[self.here]), sum(sizes[: self.here])
+        out, start = _empty((sizes[self.here],), x.dtype), sum(sizes[: self.here])
         self._move("reduce_scatter", x, out, reduce="sum", low=start, high=start + sizes[self.here])
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[ranks, *x.shape]: what each rank gave."""
-        out = x.new_empty(len(self.ranks), *x.shape)
+        out = _empty((len(self.ranks), *x.shape), x.dtype)
         self._move("all_gather", x.contiguous(), out, low=0, high=x.numel())
         return out
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """[ranks, ...]: row `here` of what each rank gave, [ranks, ...], dense."""
-        out = torch.empty_like(x)
+        out = _empty(x.shape, x.dtype)
         row = x.numel() // len(self.ranks)
         self._move("all_to_all", x, out, low=self.here * row, high=(self.here + 1) * row)
         return out
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """What the rank at place `source` gave."""
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = _empty(x.shape, x.dtype)
         self._move("broadcast", x.contiguous(), out, low=0, high=x.numel(), source=source, root=source)
         return out
 
     def ring_exchange(self, x: Tensor, shift: int) -> Tensor:
         """What the rank `shift` places before gave."""
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        n_ranks = len(self.ranks)
+        out, n_ranks = _empty(x.shape, x.dtype), len(self.ranks)
         self._move("ring_exchange", x.contiguous(), out, low=0, high=x.numel(), root=shift,
                    source=(self.here - shift) % n_ranks)
         return out
@@ -181,6 +184,15 @@ class SharedLine:
         """Have a call that still waits fail; called by the watchdog's thread."""
         self.gave_up_because = reason
         self.channel.give_up(call)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Room for a result. Long ones ask for huge pages: to take a new page of 4 KiB costs as much as to fill it."""
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= _LONG and _madvise is not None:
+        begin, end = -(-out.data_ptr() // _PAGE) * _PAGE, (out.data_ptr() + out.nbytes) // _PAGE * _PAGE
+        _madvise(begin, end - begin, mmap.MADV_HUGEPAGE)  # advice: where it is not taken, nothing is lost
+    return out
 
 
 def _say(kind: str, x: Tensor, op: str | None, root: int) -> int:

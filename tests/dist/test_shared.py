@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tessera as ts
+from tessera.dist import shared
 from tessera.kernel.backends.cpu import shared as native
 from tessera.ops.invariant import tree_sum
 from tessera.types import dtype_of
@@ -74,9 +75,9 @@ def combined(op, xs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [2, 5])
 def test_sums(dtype, n):
-    """To the bit; the last size takes several rounds and ends within one."""
-    threads = Threads(n)
-    for count in (0, 1, 37, 1003, 2 * native.SLOT // dtype_of(dtype).torch.itemsize + 77):
+    """To the bit; long ones of three ranks and more go by parts, the last size in several chunks."""
+    threads, itemsize = Threads(n), dtype_of(dtype).torch.itemsize
+    for count in (0, 1, 37, 1003, native.LONG // itemsize, 2 * native.SLOT // itemsize + 77):
         xs = [draw(dtype, count, r) for r in range(n)]
         outs = threads.run(lambda r, xs=xs: threads.move(
             r, xs[r], torch.empty_like(xs[r]), reduce=(dtype_of(dtype), "sum")))
@@ -117,6 +118,14 @@ def test_copies_and_parts_in_a_row(spins):
             assert torch.equal(total, whole[:, row["low"]: row["high"]].sum(0).to(torch.uint8))
 
     threads.run(work)
+
+
+def test_long_results_ask_for_huge_pages():
+    """Which the system may refuse; what matters here is that the advice names no memory of others."""
+    around = [torch.full((5 << 18,), float(i)) for i in range(2)]
+    out = shared._empty((3, 1 << 19), torch.float32).fill_(7)
+    assert out.nbytes > shared._LONG and out.shape == (3, 1 << 19) and bool((out == 7).all())
+    assert all(bool((x == i).all()) for i, x in enumerate(around))
 
 
 def test_rounds_are_numbered_beyond_32_bits():

@@ -4,10 +4,13 @@ In: the address where a process has mapped the segment, its rank, and for each c
 one process's end of it, and `Collective`, a call that can be repeated, directly or as a step of a replay. Called by
 dist.shared, which makes the segment, watches over the other ranks and turns a status into an error.
 
-A collective goes in rounds of at most `SLOT` bytes. In each a rank copies its piece into its slot, raises its flag
-to the round's number, waits for all other flags, and reads from the slots what it needs. There are two slots a
-rank, used by turns: who has seen all flags of a round knows that everyone has done with the one before, so one wait
-a round is enough. Beside its flag a rank writes what it is calling; all compare.
+A collective moves chunks of at most `SLOT` bytes. For each a rank copies its piece into its slot, raises its flag
+to the number of the round, waits for all other flags, and reads from the slots what it needs. There are two slots a
+rank, used by turns: who has seen all flags of a chunk knows that everyone has done with the one before, so one wait
+a chunk is enough. Beside its flag a rank writes what it is calling; all compare.
+
+Long sums over three ranks or more take two rounds a chunk: each rank sums one part of it in place, in its slot, and
+after the second round all copy the parts. A rank then reads 2 - 1 / n chunks rather than n.
 
 A waiting rank first spins, then sleeps (futex) in short turns, between which it looks whether `give_up` was called.
 Spinning pays while the others are running too: where it is in vain several times (cores are shared, or work is
@@ -34,7 +37,8 @@ from tessera.kernel.backends.cpu.host import target
 from tessera.kernel.cache import cached
 from tessera.types import DType
 
-SLOT = 256 << 10  # bytes: what a rank publishes in a round stays in its caches until the others have read it
+SLOT = 256 << 10  # bytes: what a rank publishes stays in its caches until the others have read it
+LONG = 128 << 10  # bytes from which sums over three ranks or more take two rounds a chunk
 LINE = 128  # bytes: two cache lines, which processors fetch together
 MAX_RANKS = 64
 SPINS = 4000  # looks at a flag before sleeping, about 100 us: what waking a sleeper takes
@@ -46,7 +50,7 @@ _NAP = 50_000_000  # ns of sleep between two looks whether to give up
 _FLAG, _SLEEPERS, _CALLING = 0, 4, 8  # u32 round, u32 ranks that sleep for it, two u64: what it calls, by turns
 
 # A channel's state, of its process alone: i64 each.
-_BASE, _RANK, _ROUND, _STARTED, _FINISHED, _GIVEN_UP, _SPINS, _CREDIT = range(8)
+_BASE, _RANK, _ROUND, _STARTED, _FINISHED, _GIVEN_UP, _SPINS, _CREDIT, _CHUNK = range(9)
 
 # The arguments of a call: i64 each, packed in this order.
 _CHANNEL, _SOURCE, _OUT, _NBYTES, _LOW, _HIGH, _FIRST, _LAST, _PUBLISHES, _SAYS, _STATUS = range(11)
@@ -86,7 +90,7 @@ class Channel:
         self, address: int, rank: int, n_ranks: int, *, spins: int = SPINS, fail: Callable[[int], None],
     ) -> None:
         self.rank, self.n_ranks, self.fail, self._base = rank, n_ranks, fail, address
-        self._state = (ctypes.c_int64 * 8)(address, rank, 0, 0, 0, 0, spins, _TRUST)
+        self._state = (ctypes.c_int64 * 9)(address, rank, 0, 0, 0, 0, spins, _TRUST, 0)
         self.address = ctypes.addressof(self._state)
 
     @property
@@ -212,37 +216,82 @@ def _emit_run(module: Module, n_ranks: int, reduce: tuple[DType, str] | None) ->
     b, args = function.builder, function.args[0]
     arg = [b.load(b.gep(args, k, I64), I64) for k in range(_STATUS)]
     channel, source, out = (b.cast("inttoptr", arg[k], PTR) for k in (_CHANNEL, _SOURCE, _OUT))
-    base = b.load(b.gep(channel, _BASE, I64), PTR)
-    slots = b.gep(base, _slots_offset(n_ranks), "i8")
-    started = b.gep(channel, _STARTED, I64)
+    rank, started = b.load(b.gep(channel, _RANK, I64), I64), b.gep(channel, _STARTED, I64)
     call = b.add(b.load(started, I64), 1)
     b.atomic_store(call, started)
-    sync = _emit_sync(module, n_ranks)
-    # At least one round, for those that wait and move nothing.
+    takes_turns = b.and_(b.cmp("eq", b.sub(arg[_HIGH], arg[_LOW]), arg[_NBYTES]),
+                         b.cmp("ge", arg[_NBYTES], LONG if n_ranks > 2 else _FOREVER))
+    # At least one chunk, for those that wait and move nothing.
     with b.for_(0, b.max(arg[_NBYTES], 1), SLOT, carry=[b.value(0, I64)]) as loop:
         size = b.min(b.sub(arg[_NBYTES], loop.i), SLOT)
-        number = b.add(b.load(b.gep(channel, _ROUND, I64), I64), 1)
-        b.store(number, b.gep(channel, _ROUND, I64))
-        turn = b.gep(slots, b.mul(b.and_(number, 1), n_ranks * SLOT), "i8")
+        turn = _next_slots(b, channel, n_ranks)
         with b.if_(b.cmp("ne", arg[_PUBLISHES], 0)):
-            own = b.mul(b.load(b.gep(channel, _RANK, I64), I64), SLOT)
-            b.copy(b.gep(turn, own, "i8"), b.gep(source, loop.i, "i8"), size)
-        status = b.call(sync, channel, number, call, arg[_SAYS])
-        is_good = b.cmp("eq", status, 0)
-        with b.if_(is_good, likely=True):
-            low = b.max(arg[_LOW], loop.i)
-            count = b.max(b.sub(b.min(arg[_HIGH], b.add(loop.i, size)), low), 0)
-            place = b.gep(out, b.sub(low, arg[_LOW]), "i8")
-            first = b.gep(turn, b.sub(low, loop.i), "i8")
-            if reduce is None:
+            b.copy(b.gep(turn, b.mul(rank, SLOT), "i8"), b.gep(source, loop.i, "i8"), size)
+        status = _emit_round(b, n_ranks, channel, call, arg)
+        low = b.max(arg[_LOW], loop.i)
+        count = b.max(b.sub(b.min(arg[_HIGH], b.add(loop.i, size)), low), 0)
+        place, first = b.gep(out, b.sub(low, arg[_LOW]), "i8"), b.gep(turn, b.sub(low, loop.i), "i8")
+        if reduce is None:
+            with b.if_(b.cmp("eq", status, 0), likely=True):
                 _copy_all(b, first, place, count, arg)
-            else:
-                _combine_all(b, [b.gep(first, r * SLOT, "i8") for r in range(n_ranks)], place, count, *reduce)
+        else:
+            with b.if_(b.and_(b.cmp("eq", status, 0), takes_turns)) as branch:
+                _combine_part(b, _slots(b, turn, n_ranks), rank, size, *reduce)
+                last = _emit_round(b, n_ranks, channel, call, arg)
+                with b.if_(b.cmp("eq", last, 0), likely=True):
+                    _copy_parts(b, _slots(b, turn, n_ranks), place, size)
+                branch.give([last])
+            with branch.else_():
+                with b.if_(b.cmp("eq", status, 0), likely=True):
+                    _combine_all(b, _slots(b, first, n_ranks), place, count, *reduce)
+                branch.give([status])
+            status = branch.results[0]
         loop.next([status])
-        loop.next_i = b.select(is_good, b.add(loop.i, SLOT), _FOREVER)
+        loop.next_i = b.select(b.cmp("eq", status, 0), b.add(loop.i, SLOT), _FOREVER)
     b.atomic_store(call, b.gep(channel, _FINISHED, I64))
     b.ret(loop.results[0])
     return function
+
+
+def _next_slots(b: Builder, channel: Val, n_ranks: int) -> Val:
+    """The ranks' slots for one more chunk."""
+    chunk = b.gep(channel, _CHUNK, I64)
+    number = b.add(b.load(chunk, I64), 1)
+    b.store(number, chunk)
+    slots = b.gep(b.load(b.gep(channel, _BASE, I64), PTR), _slots_offset(n_ranks), "i8")
+    return b.gep(slots, b.mul(b.and_(number, 1), n_ranks * SLOT), "i8")
+
+
+def _emit_round(b: Builder, n_ranks: int, channel: Val, call: Val, arg: Sequence[Val]) -> Val:
+    """Meet the other ranks; a status."""
+    number = b.add(b.load(b.gep(channel, _ROUND, I64), I64), 1)
+    b.store(number, b.gep(channel, _ROUND, I64))
+    return b.call(_emit_sync(b.module, n_ranks), channel, number, call, arg[_SAYS])
+
+
+def _slots(b: Builder, first: Val, n_ranks: int) -> list[Val]:
+    return [b.gep(first, r * SLOT, "i8") for r in range(n_ranks)]
+
+
+def _part(b: Builder, rank: Val | int, n_ranks: int, size: Val) -> tuple[Val, Val]:
+    """Where a rank's part of a chunk begins, and how many bytes it has: whole lines, the last ones what is left."""
+    step = b.mul(b.div(b.add(size, n_ranks * LINE - 1), n_ranks * LINE), LINE)
+    start = b.min(b.mul(step, rank), size)
+    return start, b.min(b.sub(size, start), step)
+
+
+def _combine_part(b: Builder, slots: Sequence[Val], rank: Val, size: Val, dtype: DType, op: str) -> None:
+    """Combine this rank's part of a chunk into its own slot, where nobody else reads that part of what it gave."""
+    start, count = _part(b, rank, len(slots), size)
+    own = b.gep(slots[0], b.mul(rank, SLOT), "i8")
+    _combine_all(b, [b.gep(slot, start, "i8") for slot in slots], b.gep(own, start, "i8"), count, dtype, op)
+
+
+def _copy_parts(b: Builder, slots: Sequence[Val], place: Val, size: Val) -> None:
+    """Each rank's part of a chunk, out of its slot."""
+    for rank, slot in enumerate(slots):
+        start, count = _part(b, rank, len(slots), size)
+        b.copy(b.gep(place, start, "i8"), b.gep(slot, start, "i8"), count)
 
 
 def _copy_all(b: Builder, first: Val, place: Val, count: Val, arg: Sequence[Val]) -> None:
@@ -279,6 +328,8 @@ def _apply(b: Builder, op: str, x: Val, y: Val) -> Val:
 
 def _emit_sync(module: Module, n_ranks: int) -> Function:
     """Raise this rank's flag, wait for the others', compare what is being called; a status."""
+    if "sync" in module.functions:
+        return module.functions["sync"]
     function = module.function("sync", I64, [("channel", PTR), ("round", I64), ("call", I64), ("says", I64)],
                                internal=True)
     b, (channel, number, call, says) = function.builder, function.args
