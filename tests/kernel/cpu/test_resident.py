@@ -124,8 +124,7 @@ def each_row(x: Tile["B", "M", "K"], w: Tile["K", "N"], out: Tile["B", "M", "N"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [1, 40, 64, 150])
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 16, 23])
+@pytest.mark.parametrize("m,n", [(1, 64), (1, 150), (2, 33), (3, 1), (4, 96), (5, 40), (7, 64), (16, 150), (23, 40)])
 def test_few_rows_read_the_right_operand_in_place(m, n, dtype):
     """Row by row or transposed, all of K or some of it; what lies behind the last step is not read."""
     k, steps = 300, 290
@@ -196,3 +195,26 @@ def test_a_condition_that_reads_other_elements_changes_a_copy(limit):
     out = torch.empty(45, 30)
     centred.with_schedule(tile={"BM": 20})(x, w, out, limit)
     assert (out - torch.where(late, product - product[:, :1], product)).abs().max() < 1e-5
+
+
+@kernel
+def decayed(x: Tile["Z", "B", "M", "K"], w: Tile["K", "N"], decay: Tile["B", "M"], out: Tile["Z", "B", "M", "N"]):
+    ctx = tile.context()
+    for z in tile.grid(ctx.Z):
+        total = tile.zeros((ctx.B, ctx.M, ctx.N), f32)
+        for start in tile.range(0, ctx.K, ctx.block_k):
+            left = tile.load(x[z, :, :, start:start + ctx.block_k])
+            total = total * tile.load(decay)[:, :, None] + tile.mma(left, tile.load(w[start:start + ctx.block_k]))
+        tile.store(out[z], total)
+
+
+@pytest.mark.parametrize("b,m,n,k", [(1, 1, 1, 1), (3, 5, 33, 40)])
+def test_an_accumulator_of_three_axes(b, m, n, k):
+    """Batches that share the right operand, added to a tile that a broadcast scales."""
+    x, w, decay, out = draw(2, b, m, k, seed=1), draw(k, n, seed=2), draw(b, m, seed=3), torch.empty(2, b, m, n)
+    decayed.with_schedule(tile={"BK": 16})(x, w, decay, out)
+    expected = torch.zeros(2, b, m, n, dtype=torch.float64)
+    for start in range(0, k, 16):
+        block = slice(start, start + 16)
+        expected = expected * decay.double()[:, :, None] + x[..., block].double() @ w[block].double()
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)

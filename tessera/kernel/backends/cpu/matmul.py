@@ -33,7 +33,8 @@ def lower_mma(ctx: Context, op: Op) -> None:
         return
     memory = ctx.destinations.get(result.name) or ctx.buffer(result)
     if len(op.operands) == 3:
-        write(ctx, memory, result, lambda point: element(ctx, op.operands[2], point))
+        start = op.operands[2]
+        sweep(ctx, result.type, [start], lambda point: store(ctx, memory, point, element(ctx, start, point)))
     ctx.memory[result.name] = memory
     if _dot_of(ctx, op) is None:
         sweep(ctx, result.type, [], lambda point: _chain(ctx, op, point), 2 * vector_lanes(ctx))
