@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from tessera.types import DType, bf16, bool_, f16, f32, f64, fp8_e4m3, fp8_e5m2
 
 UNIT = {f64: 2.0**-53, f32: 2.0**-24, f16: 2.0**-11, bf16: 2.0**-8, fp8_e4m3: 2.0**-4, fp8_e5m2: 2.0**-3}
 TINY = {f64: 0.0, f32: 2.0**-147, f16: 2.0**-24, bf16: 2.0**-131, fp8_e4m3: 2.0**-9, fp8_e5m2: 2.0**-16}
+_LOW = np.uint64(0xFFFFFFFF)
 FUNCTION_ULPS = 8  # of the unit roundoff: what a vector math library may be off
 
 MONOTONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -168,6 +170,21 @@ def scan(kind: str, a: Approx, axis: int, dtype: DType) -> Approx:
         return wrapped(a.x.cumsum(axis), dtype.bits)
     e = a.e.cumsum(axis) + 2 * a.x.shape[axis] * UNIT[dtype] * (a.x.abs() + a.e).cumsum(axis)
     return rounded(a.x.cumsum(axis), e, dtype)
+
+
+def rand(seed: int, offset: Tensor, bits: int = 32) -> Tensor:
+    """Philox4x32-10 of (seed, offset): the first word, sign folded, times the f32 nearest to 2^-31 (Triton's rand)."""
+    where = offset.numpy().astype(np.uint64)
+    c0, c1 = where & _LOW, where >> np.uint64(32) if bits == 64 else np.zeros_like(where)
+    c2 = c3 = np.zeros_like(c0)
+    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = b >> np.uint64(32) ^ c1 ^ k0, b & _LOW, a >> np.uint64(32) ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
+    word = c0.astype(np.uint32).view(np.int32)
+    folded = np.where(word < 0, ~word, word).astype(np.float32)
+    return torch.from_numpy(folded * np.float32(4.6566127342e-10)).double()
 
 
 def sort(a: Approx, axis: int, descending: bool) -> tuple[Approx, Approx]:
