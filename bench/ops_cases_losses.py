@@ -34,7 +34,7 @@ def _rows(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple]:
     yield "log_softmax", [x], ops.log_softmax, lambda x: x.log_softmax(-1)
     yield "cross_entropy", [x, targets], ops.cross_entropy, lambda x, targets: F.cross_entropy(_wide(x), targets)
     yield ("max_margin", [x, targets], ops.max_margin_loss,
-           lambda x, targets: F.relu(_wide(x).scatter(1, targets[:, None], -torch.inf).amax(1) + 1
+           lambda x, targets: F.relu(_wide(x).scatter(1, targets[:, None], -torch.inf).max(1)[0] + 1
                                      - _wide(x).gather(1, targets[:, None])[:, 0]).mean())
 
 

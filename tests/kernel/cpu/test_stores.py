@@ -1,4 +1,4 @@
-"""Ragged ends of rows in every dtype, and concatenations that are stored part by part."""
+"""Ragged ends of rows in every dtype, concatenations that are stored part by part, and stores that share a loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import tessera as ts
 from tessera import Tile, tile
 from tessera.ops.kernels import rope_kernel
+from tests.kernel.backends import launch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool,
           torch.int64]
@@ -80,3 +81,79 @@ def test_rotation_in_place(dtype, width, on_cpu):
     rope(x, angles.cos(), angles.sin(), out)
     rope(x, angles.cos(), angles.sin(), x)
     assert torch.equal(x, out)
+
+
+@ts.kernel
+def slopes_kernel(x: Tile["N", "D"], y: Tile["N", "D"], dx: Tile["N", "D"], dy: Tile["N", "D"]):
+    share = tile.sigmoid(tile.cast(tile.load(x), ts.f32))
+    tile.store(dx, tile.load(y) * share * (1.0 - share))
+    tile.store(dy, share * 2.0)
+
+
+@ts.kernel
+def reread_kernel(x: Tile["N", "D"], total: Tile["N", "D"], out: Tile["N", "D"]):
+    tile.store(total, tile.load(x) + 1.0)
+    tile.store(out, tile.exp(tile.cast(tile.load(total), ts.f32)))
+
+
+@ts.kernel
+def same_place_kernel(x: Tile["N", "D"], out: Tile["N", "D"], other: Tile["N", "D"]):
+    tile.store(out, tile.load(x) + 1.0)
+    tile.store(out, tile.load(x) + 2.0)
+    tile.store(other, tile.load(out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 17, 40, 4100])
+def test_stores_of_one_loop(width, dtype):
+    """Stores of one shape run in one loop; what they share is in registers, and no scratch memory is asked for."""
+    x, y = (torch.randn(3, width, generator=torch.Generator().manual_seed(width + i)).to(dtype) for i in range(2))
+    results = {}
+    for backend in ("interp", "cpu"):
+        made = [torch.empty_like(x) for _ in range(2)]
+        launch(slopes_kernel, backend, x, y, *made)
+        results[backend] = made
+    share = x.double().sigmoid()
+    bound = 1e-6 if dtype is torch.float32 else 2.0**-8
+    torch.testing.assert_close(results["cpu"][0].double(), y.double() * share * (1 - share), rtol=bound, atol=bound)
+    for ours, slow in zip(results["cpu"], results["interp"]):
+        torch.testing.assert_close(ours, slow, rtol=2 * bound, atol=bound)
+    assert "scratch0" not in slopes_kernel.source("cpu", x, y, *made)
+
+
+def test_stores_of_one_loop_in_place(on_cpu):
+    """Every value of a point is computed before one is stored, so that results may lie where the inputs are."""
+    x, y = torch.randn(3, 100), torch.randn(3, 100)
+    dx, dy = torch.empty_like(x), torch.empty_like(x)
+    slopes_kernel(x, y, dx, dy)
+    slopes_kernel(x, y, x, y)
+    assert torch.equal(x, dx) and torch.equal(y, dy)
+
+
+def test_a_store_waits_for_no_later_reading_of_its_memory(on_cpu):
+    """What is read again after a store is what was stored, rounded; the last of two stores to one place stands."""
+    x = torch.randn(5, 70).bfloat16()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    reread_kernel(x, total, out)
+    assert torch.equal(total, x + 1)
+    torch.testing.assert_close(out, (x + 1).float().exp().bfloat16())
+    same_place_kernel(x, total, out)
+    assert torch.equal(total, x + 2) and torch.equal(out, x + 2)
+
+
+@ts.kernel
+def product_kernel(a: Tile["M", "K"], b: Tile["K", "N"], out: Tile["M", "N"], half: Tile["M", "N"],
+                   double: Tile["M", "N"]):
+    product = tile.mma(tile.load(a), tile.load(b))
+    tile.store(out, product + 1.0)
+    tile.store(half, product * 0.5)
+    tile.store(double, tile.load(half) * 4.0)
+
+
+def test_stores_of_a_product(on_cpu):
+    """Products have loops of their own."""
+    a, b = torch.randn(5, 33), torch.randn(33, 21)
+    made = [torch.empty(5, 21) for _ in range(3)]
+    product_kernel(a, b, *made)
+    for result, (factor, more) in zip(made, [(1, 1), (0.5, 0), (2, 0)]):
+        torch.testing.assert_close(result, a @ b * factor + more)

@@ -77,6 +77,7 @@ class Context:
         self.rows_ahead = 0  # how far ahead loads across rows ask for memory
         self.joined: set[str] = set()  # concatenations that their store computes
         self.fused: dict[Op, list[Op]] = {}  # stores that compute products themselves, and these products
+        self.together: dict[Op, list[Op]] = {}  # stores that run in one loop, by the last of them
         self.destinations: dict[str, Memory] = {}  # where a matmul is told to put its result
         self._known: list[dict[tuple, Val]] = [{}]
         self._scratch: list[tuple[Val, Dim]] = []

@@ -23,6 +23,7 @@ from tessera.kernel.backends.cpu.loops import each, sweep, write
 from tessera.kernel.backends.cpu.matmul import lower_mma, store_products
 from tessera.kernel.backends.cpu.reductions import reduce, scan
 from tessera.kernel.backends.cpu.sorting import sort
+from tessera.kernel.backends.cpu.stores import store_groups
 from tessera.kernel.ir import Block, Function, Op
 
 _SCALAR = ir.ELEMENTWISE | {"rand"}
@@ -116,7 +117,7 @@ def _lower_segment(function: Function, module: emit.Module, target: Target, kept
     body = module.function(
         f"body_{number}", emit.VOID, [("args", PTR), ("begin", I64), ("end", I64)], inline=False)
     ctx = Context(function, module, target, body)
-    ctx.materialize, ctx.joined, ctx.fused = kept, joined, fused
+    ctx.materialize, ctx.joined, ctx.fused, ctx.together = kept, joined, fused, store_groups(function)
     _lower_block(ctx, Block(ops=shared))
     if parallel:
         with ctx.b.for_(body.args[1], body.args[2]) as loop, ctx.scope():
@@ -212,7 +213,19 @@ def _store(ctx: Context, op: Op) -> None:
     if op in ctx.fused:
         store_products(ctx, op, ctx.fused[op], type_)
         return
-    sweep(ctx, type_, [source], lambda point: store(ctx, memory, point, element(ctx, source, point)))
+    if op in ctx.together:  # else a later store's loop does it
+        _store_together(ctx, ctx.together[op], type_)
+
+
+def _store_together(ctx: Context, stores: list[Op], type_: ir.TileTy) -> None:
+    """The stores of one loop; at every point all values are computed before one is stored."""
+    places, values = [ctx.memory[op.operands[0].name] for op in stores], [plan.stored_value(op) for op in stores]
+
+    def body(point: Point) -> None:
+        for place, x in zip(places, [element(ctx, value, point) for value in values]):
+            store(ctx, place, point, x)
+
+    sweep(ctx, type_, values, body)
 
 
 def _store_parts(ctx: Context, memory: Memory, joined: ir.Value, type_: ir.TileTy) -> None:

@@ -2,7 +2,8 @@
 
 In: a function after the passes. Out: the names of the values to materialise. A tile is kept when an
 operation needs random access to it, when it is costly (exp, div, ...) and used more than once or
-repeated by a loop or a broadcast, or when memory it reads is written later. Also: which concatenations
+repeated by a loop or a broadcast (but not where all uses are in one loop, which keeps it in registers), or when
+memory it reads is written later. Also: which concatenations
 are stored part by part.
 """
 
@@ -13,6 +14,7 @@ from collections import Counter
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu.elements import COSTLY, lazy_reshape_suffix
 from tessera.kernel.backends.cpu.loops import vector_axis
+from tessera.kernel.backends.cpu.stores import param_of, read_in_one_loop, store_groups
 from tessera.kernel.ir import Block, Function, Op, Value
 
 BUFFERED = frozenset("mma scan sort insert concat".split())  # and reduce of rank >= 1
@@ -25,20 +27,20 @@ def plan(function: Function) -> set[str]:
     depth: dict[str, int] = {}
     _count(function.body, 0, uses, depth)
     kept = _left_operands(function.body, depth)
-    written = {_param_of(op.operands[0]) for op in ir.walk(function.body)
+    written = {param_of(op.operands[0]) for op in ir.walk(function.body)
                if op.name in ("store", "scatter", "atomic_add")}
-    weights = _weights(function.body)
+    weights, in_registers = _weights(function.body), read_in_one_loop(function, store_groups(function))
     for op in ir.walk(function.body):
         if op.name == "reshape" and not _keeps_vectors(op) and op.result.name not in weights:
             kept |= _in_memory(op.operands[0])
         elif op.name == "extract":
             kept |= _in_memory(op.operands[0]) if op.operands[0].op is not None and _is_costly(op.operands[0], kept) \
                 else set()
-        elif op.name in ("load", "gather") and op.result.type.rank and _param_of(op.operands[0]) in written:
+        elif op.name in ("load", "gather") and op.result.type.rank and param_of(op.operands[0]) in written:
             kept.add(op.result.name)
         for result in op.results:
             if op.name in _LAZY and result.type.rank and _is_costly(result, kept) and (
-                    uses[result.name] > 1 or _repeated(result, function)):
+                    (uses[result.name] > 1 and result.name not in in_registers) or _repeated(result, function)):
                 kept.add(result.name)
     return kept
 
@@ -153,8 +155,3 @@ def _repeated(value: Value, function: Function) -> bool:
                     return True
     return False
 
-
-def _param_of(view: Value) -> str:
-    while view.op is not None and view.op.name == "view":
-        view = view.op.operands[0]
-    return view.name
