@@ -6,7 +6,7 @@ dtype. nn.Linear calls `linear`.
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,12 @@ from tessera.function.precision import active_precision
 from tessera.ops.invariant import block_products, is_invariant, tree_sum
 from tessera.ops.kernels import linear_kernel
 from tessera.ops.kernels.casted_linear import casted_linear_kernel
+from tessera.ops.layout import widen
+from tessera.ops.matmul import has_products_of, matmul_op
 from tessera.ops.quantize import dequantize_rows
-from tessera.ops.registration import is_recording, wants_reference
+from tessera.ops.registration import Operation, is_recording, wants_reference
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
 
 
@@ -38,8 +41,13 @@ def linear(
     Returns:
         [..., O] in x's dtype.
     """
+    active = active_precision()
+    if active is not None and active.is_native:
+        x = x.to(active.compute)
     if not is_invariant() and (is_recording() or _kernel_pays(x, weight, bias, scale)):
         return _run_kernel(x, weight, bias, scale)
+    if not is_invariant() and scale is None and _is_emulated(x, weight):
+        return _LINEAR(x, weight, bias, weight.requires_grad)
     if scale is not None:
         weight = dequantize_rows(weight, scale, x.dtype)
     elif weight.dtype != x.dtype:
@@ -65,18 +73,20 @@ def _kernel_pays(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in _FLOATS:
         return False
     return (x.numel() <= MAX_FEW_ROWS * x.shape[-1] or scale is not None or weight.dtype != x.dtype
             or not has_products_of(x.dtype))
 
 
-@functools.cache
-def has_products_of(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for matrix products of a 16-bit float type; True for wider types."""
-    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fphp")}
-    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
-    return dtype not in names or any(has.get(name, False) for name in names[dtype])
+def _is_emulated(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch would emulate the products, which kernels take at the speed of f32, in both directions.
+
+    Operands that torch.autocast or an accumulator of `ts.precision` is to change are torch's.
+    """
+    active = active_precision()
+    return (x.is_cpu and not has_products_of(x.dtype) and weight.dtype in _FLOATS and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu") and (active is None or active.is_native))
 
 
 def _run_kernel(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None) -> Tensor:
@@ -87,3 +97,30 @@ def _run_kernel(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Te
     else:
         linear_kernel(x_NI, weight_OI, out_NO, bias_O)
     return out
+
+
+def _fake(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, with_weight: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_OI.shape[0]))
+
+
+def _reference(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, with_weight: bool) -> Tensor:
+    return F.linear(widen(x), widen(weight_OI), None if bias_O is None else widen(bias_O)).to(x.dtype)
+
+
+def _backward(saved: list[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight_OI, bias_dtype, with_weight = saved
+    grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_x = matmul_op(grad_NO, weight_OI, x.dtype).view(x.shape)
+    grad_weight = matmul_op(grad_NO.mT, x_NI, weight_OI.dtype) if with_weight else None
+    grad_bias = None if bias_dtype is None else grad_NO.sum(0, dtype=torch.float32).to(bias_dtype)
+    return grad_x, grad_weight, grad_bias, None
+
+
+# The gradient of the weight comes in the weight's own type, rounded once: f32 weights learn in f32.
+_LINEAR = Operation(
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool with_weight) -> Tensor",
+    kernel=lambda x, weight_OI, bias_O, with_weight: _run_kernel(x, weight_OI, bias_O, None),
+    reference=_reference, fake=_fake,
+    save=lambda inputs, output: (
+        inputs[0], inputs[1], None if inputs[2] is None else inputs[2].dtype, inputs[3]),
+    backward=_backward)

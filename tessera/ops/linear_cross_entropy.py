@@ -28,8 +28,9 @@ from tessera.ops.kernels.cross_entropy import (
     cross_entropy_both_kernel,
     logsumexp_update_kernel,
 )
-from tessera.ops.kernels.gemm import gemm_add_kernel, gemm_kernel, linear_kernel
+from tessera.ops.kernels.gemm import gemm_add_kernel, gemm_kernel, gemm_transposed_add_kernel, linear_kernel
 from tessera.ops.losses import check_loss, check_targets, reduce_rows, row_gradients, row_losses
+from tessera.ops.matmul import has_products_of
 from tessera.ops.registration import Operation
 
 _CHUNK = 1 << 21  # logits in a chunk: 8 MiB of f32
@@ -115,7 +116,7 @@ def _add_products(
     if hidden_ND.is_cpu and hidden_ND.dtype is not torch.float32:
         (gemm_kernel if first else gemm_add_kernel)(grad_NC, weight_CD, d_hidden_ND)
         if d_weight_CD is not None:
-            gemm_add_kernel(grad_NC.t(), hidden_ND, d_weight_CD)
+            gemm_transposed_add_kernel(grad_NC, hidden_ND, d_weight_CD)
         return
     d_hidden_ND.addmm_(grad_NC, weight_CD.to(d_hidden_ND.dtype), beta=0.0 if first else 1.0)
     if d_weight_CD is not None:
@@ -125,6 +126,14 @@ def _add_products(
 def _gradient_memory(logits_NC: Tensor, dtype: torch.dtype) -> Tensor:
     """Where the logits' gradient goes: their own memory, or half as much for a 16-bit dtype."""
     return logits_NC if dtype is torch.float32 else torch.empty_like(logits_NC, dtype=dtype)
+
+
+def _operands(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden, and the weight rounded to its dtype; both kept in f32 where products of that dtype are emulated."""
+    low_VD = weight_VD.to(hidden_ND.dtype)
+    if hidden_ND.is_cpu and not has_products_of(hidden_ND.dtype) and weight_VD.dtype is torch.float32:
+        return hidden_ND.float(), low_VD.float()
+    return hidden_ND, low_VD
 
 
 def _sum_kernel(
@@ -139,7 +148,7 @@ def _sum_kernel(
             share.expand(n), hidden_ND, weight_VD, targets_N, top_N, spread_N, ignore_index, smoothing, z_loss,
             with_weight)
     check_targets(targets_N, n_classes, ignore_index)
-    low_VD = weight_VD.to(hidden_ND.dtype)
+    dtype, (hidden_ND, low_VD) = hidden_ND.dtype, _operands(hidden_ND, weight_VD)
     losses_N = hidden_ND.new_empty(n, dtype=torch.float32)
     d_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format)
     d_weight_VD = weight_VD.new_zeros(weight_VD.shape, dtype=torch.float32) if with_weight else None
@@ -152,7 +161,7 @@ def _sum_kernel(
             share.expand(len(logits_NV)), logits_NV, targets_N[rows], losses_N[rows], grad_NV, ignore_index,
             smoothing or None, z_loss or None)
         _add_products(grad_NV, hidden_ND[rows], low_VD, d_hidden_ND[rows], d_weight_VD, first=True)
-    return losses_N.sum(dtype=losses_N.dtype) * share, d_hidden_ND, _as_weight(d_weight_VD, weight_VD)
+    return losses_N.sum(dtype=losses_N.dtype) * share, d_hidden_ND.to(dtype), _as_weight(d_weight_VD, weight_VD)
 
 
 def _as_weight(d_weight_VD: Tensor | None, weight_VD: Tensor) -> Tensor:
@@ -212,7 +221,7 @@ def _rows_backward_kernel(
     n_classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients to hidden [N, D] and weight [V, D], from logits computed again block by block."""
-    low_VD = weight_VD.to(hidden_ND.dtype)
+    dtype, (hidden_ND, low_VD) = hidden_ND.dtype, _operands(hidden_ND, weight_VD)
     d_hidden_ND = hidden_ND.new_zeros(hidden_ND.shape, dtype=torch.float32)
     d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_weight else None
     scratch = hidden_ND.new_empty(_CHUNK if len(hidden_ND) else 0, dtype=torch.float32)
@@ -225,7 +234,7 @@ def _rows_backward_kernel(
         _add_products(
             grad_NC, hidden_ND[rows], low_VD[classes], d_hidden_ND[rows],
             None if d_weight_VD is None else d_weight_VD[classes], first=classes.start == 0)
-    return d_hidden_ND.to(hidden_ND.dtype), _as_weight(d_weight_VD, weight_VD)
+    return d_hidden_ND.to(dtype), _as_weight(d_weight_VD, weight_VD)
 
 
 def _plain_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ has no instructions for them); those of wider types are torch's, which run at th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tessera.errors import ShapeError, UnsupportedError
 from tessera.function.precision import active_precision
-from tessera.ops.kernels.gemm import batched_gemm_kernel
+from tessera.ops.kernels.gemm import batched_gemm_kernel, gemm_kernel, gemm_transposed_kernel, linear_kernel
 from tessera.ops.registration import Operation
 from tessera.types import DType, dtype_of
 
@@ -54,7 +56,7 @@ def matmul(
     if a.dtype is torch.int8:
         return torch.matmul(a.int(), b.int()).to(torch.int32 if out_dtype is None else result)
     if a.dtype in _HALVES and sums is torch.float32 and a.dim() > 1 and b.dim() > 1 and result in (a.dtype, sums):
-        return _product(a, b, result is sums)
+        return _broadcast(a, b, result)
     if sums is a.dtype:
         return torch.matmul(a, b).to(result)
     return torch.matmul(a.to(sums), b.to(sums)).to(result)
@@ -84,41 +86,71 @@ def _sums_in(dtype: torch.dtype, wanted: DType | torch.dtype | str | None) -> to
     return sums.torch
 
 
-def _product(a: Tensor, b: Tensor, wide: bool) -> Tensor:
+def has_products_of(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for matrix products of a 16-bit float type; True for wider types."""
+    return dtype not in _EMULATED
+
+
+def _emulated() -> frozenset[torch.dtype]:
+    """The 16-bit types whose products torch emulates here, at a hundredth of the speed of f32."""
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fphp")}
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    return frozenset(dtype for dtype in names if not any(has.get(name, False) for name in names[dtype]))
+
+
+_EMULATED = _emulated()  # not when it is asked for: torch.compile traces the question
+
+
+def _broadcast(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """The broadcast batches of a and b as one, through the operation, and back."""
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if b.dim() == 2:  # one matrix for all rows
-        rows_1MK = a.reshape(1, -1, a.shape[-1])
-        return _matmul_op(rows_1MK, b.unsqueeze(0), wide).view(*a.shape[:-1], b.shape[-1])
+        return matmul_op(a.reshape(-1, a.shape[-1]), b, dtype).view(*a.shape[:-1], b.shape[-1])
     a_BMK = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     b_BKN = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
-    return _matmul_op(a_BMK, b_BKN, wide).view(*batch, a.shape[-2], b.shape[-1])
+    return matmul_op(a_BMK, b_BKN, dtype).view(*batch, a.shape[-2], b.shape[-1])
 
 
-def _fake(a_BMK: Tensor, b_BKN: Tensor, wide: bool) -> Tensor:
-    return a_BMK.new_empty(a_BMK.shape[0], a_BMK.shape[1], b_BKN.shape[2], dtype=torch.float32 if wide else a_BMK.dtype)
+def _fake(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=dtype)
 
 
-def _run(a_BMK: Tensor, b_BKN: Tensor, wide: bool) -> Tensor:
-    if not a_BMK.is_cpu:
-        return _reference(a_BMK, b_BKN, wide)
-    out_BMN = _fake(a_BMK, b_BKN, wide)
-    batched_gemm_kernel(a_BMK, b_BKN, out_BMN)
-    return out_BMN
+def _run(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if not a.is_cpu or not a.numel() or not b.numel():
+        return _reference(a, b, dtype)
+    if a.dim() == 2 and has_products_of(a.dtype) and has_products_of(b.dtype):
+        low = a.dtype if a.dtype.itemsize < b.dtype.itemsize else b.dtype
+        if dtype is low:  # a wider result would be one of torch's rounded twice
+            return a.to(low) @ b.to(low)
+    out = _fake(a, b, dtype)
+    if a.dim() == 3:
+        batched_gemm_kernel(a, b, out)
+    elif _is_transposed(b):
+        linear_kernel(a, b.t(), out)
+    elif _is_transposed(a):
+        gemm_transposed_kernel(a.t(), b, out)
+    else:
+        gemm_kernel(a, b, out)
+    return out
 
 
-def _reference(a_BMK: Tensor, b_BKN: Tensor, wide: bool) -> Tensor:
-    sums = torch.float64 if a_BMK.dtype is torch.float64 else torch.float32
-    out_BMN = torch.bmm(a_BMK.to(sums), b_BKN.to(sums))
-    return out_BMN if wide else out_BMN.to(a_BMK.dtype)
+def _is_transposed(x: Tensor) -> bool:
+    """Whether a matrix lies in memory column by column: kernels read along what is contiguous."""
+    return x.stride(0) == 1 and x.stride(1) != 1
 
 
-def _backward(saved: list[Tensor], grad_BMN: Tensor) -> tuple[Tensor, Tensor, None]:
-    a_BMK, b_BKN = saved
-    grad_BMN = grad_BMN.to(a_BMK.dtype)
-    return _matmul_op(grad_BMN, b_BKN.mT, False), _matmul_op(a_BMK.mT, grad_BMN, False), None
+def _reference(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    sums = torch.float64 if a.dtype is torch.float64 else torch.float32
+    return torch.matmul(a.to(sums), b.to(sums)).to(dtype)
 
 
-_matmul_op = Operation(
-    "matmul(Tensor a, Tensor b, bool wide) -> Tensor", kernel=_run, reference=_reference, fake=_fake,
+def _backward(saved: list[Any], grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    a, b = saved
+    return matmul_op(grad, b.mT, a.dtype), matmul_op(a.mT, grad, b.dtype), None
+
+
+# (a, b, dtype) -> a @ b of two matrices [M, K] and [K, N], or of a batch of each; sums in f32, rounded once to dtype.
+# The operands' dtypes may differ.
+matmul_op = Operation(
+    "matmul(Tensor a, Tensor b, ScalarType dtype) -> Tensor", kernel=_run, reference=_reference, fake=_fake,
     save=lambda inputs, output: (inputs[0], inputs[1]), backward=_backward)

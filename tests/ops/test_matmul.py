@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+
 import pytest
 import torch
 
 import tessera as ts
 from tessera.errors import ShapeError, UnsupportedError
-from tessera.ops.matmul import _matmul_op, gemm, matmul
+from tessera.ops.matmul import gemm, matmul, matmul_op
 from tessera.ops.registration import implementation
 
 SHAPES = [((5, 7), (7, 9)), ((1, 1), (1, 1)), ((2, 3, 5, 7), (7, 9)), ((2, 3, 5, 7), (3, 7, 9)),
           ((4, 1, 5, 7), (3, 7, 2)), ((5, 7), (3, 7, 2)), ((65, 130), (130, 33)), ((0, 7), (7, 9))]
+
+module = importlib.import_module("tessera.ops.matmul")  # ops.matmul is the function
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -77,12 +82,30 @@ def test_wrong_arguments():
             matmul(a.to(dtype), b.to(dtype), accumulate_dtype=wanted)
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("a_dtype, b_dtype, dtype", [
+    (torch.bfloat16, torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float16, torch.float32), (torch.float16, torch.float16, torch.float16)])
+def test_mixed_types_and_layouts(a_dtype, b_dtype, dtype, emulated, monkeypatch):
+    """Each layout in memory has its kernel; a processor with instructions for the products leaves some to torch."""
+    monkeypatch.setattr(module, "_EMULATED", frozenset((torch.bfloat16, torch.float16)) if emulated else frozenset())
+    for turned_a, turned_b in itertools.product((False, True), repeat=2):
+        a = normal(20, *((37, 21) if turned_a else (21, 37))).to(a_dtype)
+        b = normal(21, *((18, 37) if turned_b else (37, 18))).to(b_dtype)
+        a, b = a.T if turned_a else a, b.T if turned_b else b
+        expected = a.double() @ b.double()
+        bound = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps
+        if not emulated and dtype is not torch.float32:
+            bound *= 4  # torch rounds the wider operand first
+        torch.testing.assert_close(matmul_op(a, b, dtype).double(), expected, rtol=bound, atol=6 * bound)
+
+
 def test_registration():
     a, b = normal(10, 2, 3, 4).bfloat16().requires_grad_(), normal(11, 2, 4, 5).bfloat16().requires_grad_()
-    for wide in (False, True):
-        torch.library.opcheck(_matmul_op.registered, (a, b, wide))
+    for left, right, dtype in ((a, b, torch.float32), (a, b, torch.bfloat16), (a[0], b[0], torch.float32)):
+        torch.library.opcheck(matmul_op.registered, (left.detach().requires_grad_(), right.detach(), dtype))
     compiled = torch.compile(lambda a, b: matmul(a, b).float().sum(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         torch.autograd.grad(compiled(a, b), (a, b)), torch.autograd.grad(matmul(a, b).float().sum(), (a, b)))
     x, y = normal(12, 2, 3, 4).double().requires_grad_(), normal(13, 2, 4, 2).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, y: _matmul_op(x, y, False), (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: matmul_op(x, y, torch.float64), (x, y))

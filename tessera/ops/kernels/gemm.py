@@ -51,6 +51,30 @@ def gemm_add_kernel(a: Tile["M", "K"], b: Tile["K", "N"], out: Tile["M", "N"]):
 
 
 @kernel
+def gemm_transposed_kernel(a: Tile["K", "M"], b: Tile["K", "N"], out: Tile["M", "N"]):
+    """out = a.T @ b, accumulated in f32, rounded once: the gradient of a linear map's weight.
+
+    Args:
+        a: [K, M].
+        b: [K, N].
+        out: [M, N].
+    """
+    tile.store(out, tile.mma(tile.transpose(tile.load(a)), tile.load(b)))
+
+
+@kernel
+def gemm_transposed_add_kernel(a: Tile["K", "M"], b: Tile["K", "N"], out: Tile["M", "N"]):
+    """out += a.T @ b; the product is accumulated in f32, on top of what is there.
+
+    Args:
+        a: [K, M].
+        b: [K, N].
+        out: [M, N] f32, read and written.
+    """
+    tile.store(out, tile.mma(tile.transpose(tile.load(a)), tile.load(b), tile.load(out)))
+
+
+@kernel
 def batched_gemm_kernel(a: Tile["B", "M", "K"], b: Tile["B", "K", "N"], out: Tile["B", "M", "N"]):
     """out[i] = a[i] @ b[i] for each i of the batch, accumulated in f32, rounded once.
 

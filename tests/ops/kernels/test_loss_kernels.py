@@ -9,7 +9,12 @@ from torch import Tensor
 from tessera.ops.kernels import casted_linear as linears
 from tessera.ops.kernels import cross_entropy as losses
 from tessera.ops.kernels import metric_losses as metric
-from tessera.ops.kernels.gemm import batched_gemm_kernel, gemm_add_kernel
+from tessera.ops.kernels.gemm import (
+    batched_gemm_kernel,
+    gemm_add_kernel,
+    gemm_transposed_add_kernel,
+    gemm_transposed_kernel,
+)
 from tessera.ops.kernels.softmax import (
     log_softmax_backward_kernel,
     log_softmax_kernel,
@@ -146,6 +151,11 @@ def test_products(m, n, k, dtype, backend):
     before = total.double()
     launch(gemm_add_kernel, backend, x, float_weight.T, total)
     close(total, before + x.double() @ float_weight.double().T, 4)
+    before = total.double()
+    launch(gemm_transposed_add_kernel, backend, x.T.contiguous(), float_weight.T, total)
+    close(total, before + x.double() @ float_weight.double().T, 4)
+    launch(gemm_transposed_kernel, backend, x.T.contiguous(), float_weight.T, out)
+    close(out, x.double() @ float_weight.double().T, 4)
     batch, out = torch.stack([x, x * 2]), nans(2, m, n, dtype=dtype)
     right = torch.stack([float_weight.T, -float_weight.T]).to(dtype)
     launch(batched_gemm_kernel, backend, batch, right, out)
