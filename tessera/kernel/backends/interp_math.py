@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,8 +25,11 @@ _LOW = 0xFFFFFFFF
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded: torch's own f32 root may be one bit off (MKL)."""
-    return torch.sqrt(x.double()).to(x.dtype)
+    """Correctly rounded: torch's own root may be one bit off (MKL)."""
+    result = torch.empty_like(x)
+    with np.errstate(invalid="ignore"):
+        np.sqrt(x.numpy(), out=result.numpy())
+    return result
 
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {

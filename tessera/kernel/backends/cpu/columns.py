@@ -19,6 +19,7 @@ from tessera.kernel.backends.cpu.storage import from_storage
 from tessera.types import int4
 
 LINE = 64  # bytes of a cache line
+ANY = Val("?", I64)  # an index not known yet: `elements.hoist` computes what does not depend on it
 UNITS = 4  # 32-bit units in a run: 16 bytes, which the lanes of every processor hold whole
 
 
@@ -130,9 +131,13 @@ def _one_by_one(ctx: Context, memory: Memory, at: Val, key: tuple, lanes: int) -
 
 
 def find_rows(ctx: Context, memory: Memory, indices: Sequence[Val], axis: int, lanes: int, mask: Val | None) -> None:
-    """Compute the addresses that `load_across` will need, before the loop along the rows."""
+    """Compute the addresses that `load_across` will need, before the loop along the rows.
+
+    They are known when nothing but the place in a row is ANY.
+    """
     run = _unit_axis(memory, axis)
-    if run is not None and run_elements(memory) and lanes and lanes % UNITS == 0:
+    known = all(index is not ANY for i, index in enumerate(indices) if i != run)
+    if run is not None and known and run_elements(memory) and lanes and lanes % UNITS == 0:
         _rows(ctx, memory, indices, run, axis, lanes, mask)
 
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 
 from tessera.errors import UnsupportedError
 from tessera.kernel.backends.cpu import emit, vmath
-from tessera.kernel.backends.cpu.columns import find_rows, is_aligned, load_across, merge_index, split_index
+from tessera.kernel.backends.cpu.columns import ANY, find_rows, is_aligned, load_across, merge_index, split_index
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
 from tessera.kernel.backends.cpu.storage import from_storage, load_first, round_to, store_first, to_storage
 from tessera.kernel.ir import Op, Value
 from tessera.types import DType, int4
-
-ANY = Val("?", I64)  # an index not known yet: `hoist` computes what does not depend on it
 
 _FLOAT_UNARY: dict[str, Callable] = {
     name: getattr(vmath, name)
