@@ -11,7 +11,9 @@ from typing import Any
 
 from tessera.errors import InputError
 
-OPTIONS = ("tile", "warps", "stages", "pipeline", "split_k", "vectorize", "unroll", "threads")
+OPTIONS = ("tile", "warps", "stages", "pipeline")
+# How tensor cores take f32 tiles: two of them, and one against a tile that bf16 holds exactly.
+CHOICES = {"f32_dot": ("ieee", "tf32x3", "tf32"), "mixed_dot": ("bf16x3", "bf16x2", "bf16")}
 _MAX_BLOCK = 1 << 16
 
 
@@ -27,6 +29,10 @@ def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(value, Mapping):
                 raise InputError(f"schedule: tile={value!r} given; expected a mapping such as {{'BM': 128}}")
             flat.update({key: _block(key, size) for key, size in value.items()})
+        elif name in CHOICES:
+            if value not in CHOICES[name]:
+                raise InputError(f"schedule: {name}={value!r} given; expected one of {', '.join(CHOICES[name])}")
+            flat[name] = value
         elif name in OPTIONS:
             if not isinstance(value, (bool, int, str)):
                 raise InputError(f"schedule: {name}={value!r} given; expected an int, a bool or a name")
@@ -34,8 +40,8 @@ def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
         elif name.isupper():
             flat[name] = _block(name, value)
         else:
-            raise InputError(
-                f"schedule: {name!r} is not an option; expected {', '.join(OPTIONS)} or a block size such as BM")
+            raise InputError(f"schedule: {name!r} is not an option; expected {', '.join((*OPTIONS, *CHOICES))} "
+                             "or a block size such as BM")
     return flat
 
 
@@ -49,7 +55,9 @@ def schedule(**options: Any) -> Callable[[Any], Any]:
     """Fix a kernel's schedule; stands above or below `@ts.kernel`.
 
     Args:
-        options: `tile`, a mapping of block sizes ("BM", "BN", "BK"), and `warps`, `stages`, `pipeline`, ...
+        options: `tile`, a mapping of block sizes ("BM", "BN", "BK"), and `warps`, `stages`, `pipeline`, ...; on
+            CUDA `f32_dot` ("ieee", "tf32x3", "tf32") and `mixed_dot` ("bf16x3", "bf16x2", "bf16") choose how f32 tiles
+            are multiplied.
 
     Raises:
         InputError: an option is unknown.

@@ -4,8 +4,8 @@
 `run_interpreted` runs it without a GPU; `compile_to_cubin` shows that ptxas takes it, also without one.
 
 The parts: `plan` splits a function into launches and programs; `kernel` assembles a text; `emit` writes values on
-demand with the rules of `rules` (elementwise, rearranging), `memory`, `contract` (reduce, mma, scan, sort) and
-`control`; `launch` keeps texts by size bucket and launches them.
+demand with the rules of `rules` (elementwise, rearranging), `memory`, `contract` (reduce, scan, sort), `products` (mma)
+and `control`; `launch` keeps texts by size bucket and launches them.
 """
 
 from __future__ import annotations

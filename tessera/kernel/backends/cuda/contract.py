@@ -1,4 +1,4 @@
-"""Rules of the operations that run along an axis: reduce, scan, sort and mma.
+"""Rules of the operations that run along an axis: reduce, scan and sort; which axes can be taken by blocks.
 
 An axis that fits registers is taken whole. A longer one is walked in blocks, the operand being computed block
 by block inside the loop; what a consumer needs again it computes again. The order of a sum depends on
@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda.emit import MAX_SINGLE, MAX_TILE, TRITON_TYPE, Emitter, Rule, axis_name
-from tessera.kernel.backends.cuda.values import Axis, Index, Val, depth_of, next_power_of_2, order
+from tessera.kernel.backends.cuda.values import Axis, Index, Val, depth_of, order
 from tessera.kernel.dims import Dim
-from tessera.types import f16, f32, fp8_e4m3, fp8_e5m2, int8, int32, uint8
 
 LOW = {"max": 'float("-inf")', "min": 'float("inf")', "argmax": 'float("-inf")', "argmin": 'float("inf")'}
 INT_RANGE = {8: 0x7F, 32: 0x7FFFFFFF, 64: 0x7FFFFFFFFFFFFFFF}
@@ -273,176 +272,6 @@ def _over_whole_axis(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequ
     return emitter.picked(value, tensor, own, [*rest[:axis], wanted, *rest[axis:]])
 
 
-# -- mma ---------------------------------------------------------------------------------------------
+RULES: dict[str, Rule] = {"reduce": reduce, "scan": scan, "sort": sort}
 
-
-def mma(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index]) -> Val:
-    """tl.dot over the whole inner axis or over blocks of it; sums of products where a side is no matrix."""
-    depth = max(emitter.home_depth(value), depth_of(indices))
-    with emitter.scopes.at(depth):
-        a, b = op.operands[:2]
-        *batch, row, column = indices
-        b_batch = batch if b.type.rank > 2 else []
-        m, n = row.axes, column.axes
-        matrix = len(m) == len(n) == 1 and m != n and not order(batch) and min(m[0].size, n[0].size) >= 16
-        matrix = matrix and a.type.dtype == b.type.dtype and (a.type.dtype.is_float or a.type.dtype == int8)
-        axes = order(indices)
-        rows = 1
-        for axis in axes:
-            rows *= axis.size
-        emitter.uses_dot |= matrix
-        start = _accumulator(emitter, op, indices, axes)
-        block = _inner_block(emitter, op, rows, matrix)
-        if block == 0:
-            inner = emitter.full_index(a.type, a.type.rank - 1, axes)
-            return _product(emitter, op, value, (*batch, row, inner), (*b_batch, inner, column), start, axes,
-                            matrix, value.hint or "dot")
-        return _mma_by_blocks(emitter, op, value, (batch, b_batch, row, column), start, axes, matrix, block)
-
-
-def _mma_by_blocks(emitter: Emitter, op: ir.Op, value: ir.Value, sides: tuple, start: Val | None,  # type: ignore[type-arg]
-                   axes: tuple[Axis, ...], matrix: bool, block: int) -> Val:
-    a = op.operands[0]
-    batch, b_batch, row, column = sides
-    dim, limit = a.type.shape[-1], _inner_limit(op)
-    type_ = TRITON_TYPE[value.type.dtype.name]
-    text = emitter.constant(f"BLOCK_K_{axis_name(dim)}" if matrix else f"CHUNK_{axis_name(dim)}", block)
-    zero = f"tl.zeros({emitter.shape(axes)}, {type_})" if axes else f"tl.full((), 0, {type_})"
-    first = start.text if start is not None else zero
-    acc = emitter.assign(value.hint or "acc", first, axes, emitter.scopes.depth, op.loc)
-    position, end = emitter.scopes.name(f"{axis_name(dim)}_start"), emitter.size(limit)
-    with emitter.scopes.inside(f"for {position} in range(0, {end.text}, {text}):", op.loc):
-        inner = emitter.over(emitter.new_axis(axis_name(dim), position, block, text, emitter.scopes.depth), limit)
-        total = _product(emitter, op, value, (*batch, row, inner), (*b_batch, inner, column), acc, axes, matrix, "")
-        emitter.scopes.line(f"{acc.text} = {total.text}")
-    return acc
-
-
-def _inner_limit(op: ir.Op) -> Dim:
-    a, b = op.operands[:2]
-    left, right = a.type.extent(a.type.rank - 1), b.type.extent(b.type.rank - 2)
-    return left if left == right or right == b.type.shape[-2] else right if left == a.type.shape[-1] \
-        else left.minimum(right)
-
-
-def _inner_block(emitter: Emitter, op: ir.Op, rows: int, matrix: bool) -> int:
-    """Elements of K a step; 0: all of it at once."""
-    a, b = op.operands[:2]
-    size = emitter.bound(a.type.shape[-1])
-    blockable = by_blocks(emitter, a, a.type.rank - 1) and by_blocks(emitter, b, b.type.rank - 2)
-    if not blockable:
-        if size is None:
-            raise emitter.unsupported(op, f"the inner size {a.type.shape[-1]} is not known and cannot be blocked")
-        return 0
-    in_loop = emitter.home_depth(op.result) > 0
-    if matrix:
-        chosen = int(emitter.function.schedule.get("BK", 0))
-        if size is not None and size <= (256 if in_loop else chosen or 64):
-            return 0
-        return max(16 if a.type.dtype.bits > 8 else 32, chosen or max(32, 512 // a.type.dtype.bits * 2))
-    room = max(1, MAX_TILE // rows)
-    if size is not None and size <= min(room, 1024):
-        return 0
-    return min(next_power_of_2(room), 1024)
-
-
-def _accumulator(emitter: Emitter, op: ir.Op, indices: Sequence[Index], axes: tuple[Axis, ...]) -> Val | None:
-    if len(op.operands) < 3:
-        return None
-    acc = emitter.emit(op.operands[2], indices)
-    if acc.text in ("0", "0.0"):
-        return None
-    if acc.axes == axes:
-        return acc
-    return emitter.assign(op.operands[2].hint or "acc", emitter.filled(acc, axes), axes, acc.depth)
-
-
-def _product(emitter: Emitter, op: ir.Op, value: ir.Value, left: Sequence[Index], right: Sequence[Index],
-             acc: Val | None, axes: tuple[Axis, ...], matrix: bool, hint: str) -> Val:
-    """acc + the product over one stretch of K. Without a hint the result is only a text, for `acc = ...`."""
-    inner = left[-1]
-    x, y = emitter.emit(op.operands[0], left), emitter.emit(op.operands[1], right)
-    if not inner.axes:
-        text, _, depth = _outer_product(emitter, op, value, x, y, axes)
-    else:
-        make = _dot if matrix else _sum_of_products
-        text, _, depth = make(emitter, op, value, left, right, x, y, axes, acc)
-    depth = max(depth, acc.depth if acc else 0, depth_of(left), depth_of(right))
-    if acc is not None and not (matrix and inner.axes):
-        text = f"{acc.text} + {text}"
-    return emitter.assign(hint, text, axes, depth, op.loc) if hint else Val(text, axes, depth)
-
-
-def _dot(emitter: Emitter, op: ir.Op, value: ir.Value, left: Sequence[Index], right: Sequence[Index], x: Val, y: Val,
-         axes: tuple[Axis, ...], acc: Val | None) -> tuple[str, tuple[Axis, ...], int]:
-    k = left[-1].axes[0]
-    (m,), (n,) = left[-2].axes, right[-1].axes
-    limit = _inner_limit(op)
-    texts = [_matrix_side(emitter, op, op.operands[0], x, (m, k), k, limit),
-             _matrix_side(emitter, op, op.operands[1], y, (k, n), k, limit)]
-    dtype = op.operands[0].type.dtype
-    swapped = axes != (m, n)
-    if swapped:  # wanted with its columns first: (a b)^T = b^T a^T
-        texts = [f"tl.trans({texts[1]})", f"tl.trans({texts[0]})"]
-    extra = f", {acc.text}" if acc is not None else ""
-    if dtype == f32:
-        exact = any(_was_low_precision(v) for v in op.operands[:2])
-        precision = emitter.function.schedule.get("f32_dot", "tf32x3" if exact else "ieee")
-        extra += f', input_precision="{precision}"'
-    extra += f", out_dtype={TRITON_TYPE[value.type.dtype.name]}"
-    return f"tl.dot({texts[0]}, {texts[1]}{extra})", axes, max(x.depth, y.depth)
-
-
-def _was_low_precision(value: ir.Value) -> bool:
-    """Whether an f32 operand holds bf16 or fp8 numbers, which TF32 holds exactly."""
-    return value.op is not None and value.op.name == "cast" and value.op.operands[0].type.dtype.bits <= 16
-
-
-def _matrix_side(emitter: Emitter, op: ir.Op, source: ir.Value, x: Val, axes: tuple[Axis, Axis], k: Axis,
-                 limit: Dim) -> str:
-    """An operand of tl.dot: a full matrix, zeros past the inner limit; fp8 as f16, which holds it exactly."""
-    text = emitter.filled(x, axes)
-    if source.type.dtype in (fp8_e4m3, fp8_e5m2):
-        text = f"{text}.to({TRITON_TYPE[f16.name]})"
-    mask = emitter.mask(k, limit)
-    if mask is not None and (k, limit) not in x.zero:
-        zero = "0.0" if source.type.dtype.is_float else "0"
-        text = f"tl.where({emitter.spread(mask, axes)}, {text}, {zero})"
-    emitter.count(axes)
-    return text
-
-
-def _outer_product(emitter: Emitter, op: ir.Op, value: ir.Value, x: Val, y: Val,
-                   axes: tuple[Axis, ...]) -> tuple[str, tuple[Axis, ...], int]:
-    """K = 1."""
-    texts, _, depth = emitter.combine([x, y], axes)
-    type_ = TRITON_TYPE[value.type.dtype.name]
-    texts = [f"{t}.to({type_})" if v.axes else f"tl.cast({t}, {type_})" for t, v in zip(texts, (x, y))]
-    text = f"{texts[0]} * {texts[1]}"
-    return (f"tl.broadcast_to({text}, {emitter.shape(axes)})" if axes else text), axes, depth
-
-
-def _sum_of_products(emitter: Emitter, op: ir.Op, value: ir.Value, left: Sequence[Index], right: Sequence[Index],
-                     x: Val, y: Val, axes: tuple[Axis, ...],
-                     acc: Val | None) -> tuple[str, tuple[Axis, ...], int]:
-    """tl.sum(a * b): one row, small or irregular shapes, and the types that tl.dot does not take."""
-    k, limit = left[-1].axes[0], _inner_limit(op)
-    joint = (*axes, k)
-    emitter.count(joint)
-    type_ = TRITON_TYPE[value.type.dtype.name]
-    texts = []
-    for v in (x, y):
-        text = emitter.spread(v, joint)
-        texts.append(f"{text}.to({type_})" if v.axes else f"tl.cast({text}, {type_})")
-    text, depth = f"{texts[0]} * {texts[1]}", max(x.depth, y.depth)
-    if set(x.axes) | set(y.axes) != set(joint):
-        text = f"tl.broadcast_to({text}, {emitter.shape(joint)})"
-    mask = emitter.mask(k, limit)
-    if mask is not None and not all((k, limit) in v.zero for v in (x, y)):
-        text = f"tl.where({emitter.spread(mask, joint)}, {text}, 0)"
-    return f"tl.sum({text}, axis={len(axes)})", axes, depth
-
-
-RULES: dict[str, Rule] = {"reduce": reduce, "scan": scan, "sort": sort, "mma": mma}
-
-__all__ = ["RULES", "by_blocks", "int32", "uint8"]
+__all__ = ["RULES", "by_blocks"]

@@ -19,6 +19,7 @@ from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
 from tessera.kernel.dims import Dim
 
+MATRIX_SIDE = 128  # of a product's tile, where a program loops over them
 Presets = dict[int, list[Index | None]]  # id(store) -> the indices that the launch grid gives it
 
 
@@ -163,12 +164,13 @@ def _store_block(emitter: Emitter, op: ir.Op, x: ir.Value, given: Sequence[Index
         if given[later] is not None:
             continue
         size = emitter.bound(x.type.shape[later])
+        fits = min(room, MATRIX_SIDE) if x.type.shape[later] in emitter.matrix_dims else room
         if size is None and not by_blocks(emitter, x, later):
             raise emitter.unsupported(op, f"{x.type.shape[later]} is not known and the value cannot be blocked")
-        if size is not None and (size <= max(room, 1) or not by_blocks(emitter, x, later)):
+        if size is not None and (size <= max(fits, 1) or not by_blocks(emitter, x, later)):
             block_size = 0
         else:
-            block_size = max(1, room // 4 if room >= MAX_TILE else room)
+            block_size = max(1, fits // 4 if fits >= MAX_TILE else fits)
         room //= block_size or size or 1
     return block_size
 

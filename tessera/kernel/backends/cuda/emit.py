@@ -55,15 +55,16 @@ class Emitter:
         self.constants: dict[str, int] = {}  # constexpr parameters
         self.asked: dict[Dim, int] = {}  # the bounds that the text depends on
         self.largest = 1  # elements of the largest tensor, for the choice of warps
-        self.uses_dot = False
+        self.dot_elements = 0  # accumulators of all tl.dots; twice where they run without tensor cores
         self.block_depth: dict[int, int] = {}
         self.pinned: dict[ir.Value, Val] = {}
         self.written: set[ir.Value] = set()  # parameters that the text has stored to
         self.reread = _reads_after_writes(function)
+        self.splits: dict[tuple[str, ...], tuple[Index, list[Dim]]] = {}  # indices that an index was taken apart into
         self._axes: dict[tuple[Dim, int], Axis] = {}
         self._home: dict[ir.Value, ir.Block] = {}
         self._values: dict[str, ir.Value] = {}
-        self._matrix_dims = _dims_of_matrices(function)
+        self.matrix_dims = _dims_of_matrices(function)
         self._index_values(function.body)
         for param in function.params:
             self._values[param.value.name] = param.value
@@ -163,7 +164,7 @@ class Emitter:
         size = self.bound(dim)
         if size is None or size > 1 << 20:
             raise UnsupportedError(f"cuda: a tile of {dim} elements does not fit registers and cannot be blocked here")
-        if dim in self._matrix_dims:
+        if dim in self.matrix_dims:
             size = max(16, size)
         name = axis_name(dim)
         text = str(size) if dim.const is not None else self.constant(f"P_{name}", size)
@@ -177,7 +178,7 @@ class Emitter:
         with self.scopes.at(depth):
             steps = f"tl.arange(0, {text})" + (".to(tl.int64)" if self.wide else "")
             self.scopes.line(f"{offsets} = {steps if start == '0' else f'{start} + {steps}'}")
-        return Axis(name, offsets, size, text, depth, blocked=start != "0")
+        return Axis(name, offsets, size, text, depth, start)
 
     def constant(self, name: str, value: int) -> str:
         """A constexpr parameter of the kernel."""

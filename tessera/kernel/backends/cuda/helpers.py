@@ -68,6 +68,23 @@ def int_pow(a, b):
         left = left >> 1
     return result
 """,
+    # An f32 as a sum of bf16 numbers; what an infinity or NaN leaves is 0.
+    "bf16_parts_2": """
+@triton.jit
+def bf16_parts_2(x):
+    high = x.to(tl.bfloat16)
+    low = tl.where(tl.abs(x) < 3.3e38, x - high.to(tl.float32), 0.0).to(tl.bfloat16)
+    return high, low
+""",
+    "bf16_parts_3": """
+@triton.jit
+def bf16_parts_3(x):
+    high = x.to(tl.bfloat16)
+    rest = tl.where(tl.abs(x) < 3.3e38, x - high.to(tl.float32), 0.0)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return high, middle, low
+""",
     # Float to int: towards zero, clamped to the type's range; NaN gives 0.
     "saturated": """
 @triton.jit

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tessera.kernel import ir
-from tessera.kernel.backends.cuda import contract, control, memory, plan, rules
+from tessera.kernel.backends.cuda import contract, control, memory, plan, products, rules
 from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name, param_name, size_name
 from tessera.kernel.backends.cuda.helpers import text_of
 from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Index, Val
 from tessera.kernel.dims import Dim
 
-RULES: dict[str, Rule] = {**rules.RULES, **memory.RULES, **contract.RULES, **control.RULES}
+GROUP_ROWS = 8  # of tiles that programs of neighbouring numbers share
+
+RULES: dict[str, Rule] = {**rules.RULES, **memory.RULES, **contract.RULES, **products.RULES, **control.RULES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ def build(function: ir.Function, sizes: dict[str, int], wide: bool = False) -> T
         UnsupportedError: an operation cannot be expressed at these sizes; the message names it and its line.
     """
     found = plan.segments(function)
+    wide = wide or _counts_far(function)
     kernels, bounds = [], {}
     for number, segment in enumerate(found):
         name = function.name if len(found) == 1 else f"{function.name}_{number}"
@@ -74,6 +77,11 @@ def build(function: ir.Function, sizes: dict[str, int], wide: bool = False) -> T
         kernels.append(_kernel(emitter, segment, _identifier(name)))
         bounds.update(emitter.asked)
     return Texts(kernels=tuple(kernels), bounds=bounds)
+
+
+def _counts_far(function: ir.Function) -> bool:
+    """Whether random numbers are counted in 64 bits: the arithmetic behind their places must not wrap at 32."""
+    return any(op.name == "rand" and op.operands[1].type.dtype.bits == 64 for op in ir.walk(function.body))
 
 
 def _identifier(name: str) -> str:
@@ -91,6 +99,9 @@ def _kernel(emitter: Emitter, segment: plan.Segment, name: str) -> KernelText:
     arguments = _arguments(emitter, text)
     names = [_argument_name(emitter.function, argument) for argument in arguments]
     scalars = [n for n, argument in zip(names, arguments) if argument[0] == "scalar"]
+    if emitter.wide:  # Triton passes ints in 32 bits where they fit: products of them may not
+        lines = [f"{n} = tl.cast({n}, tl.int64)" for n, argument in zip(names, arguments)
+                 if _is_number(emitter.function, argument)] + lines
     names += [f"{constant}: tl.constexpr" for constant in emitter.constants]
     needs = text_of(emitter.helpers)
     header = ["import triton", "import triton.language as tl"]
@@ -106,15 +117,15 @@ def _kernel(emitter: Emitter, segment: plan.Segment, name: str) -> KernelText:
 def _warps(emitter: Emitter) -> int:
     if "warps" in emitter.function.schedule:
         return int(emitter.function.schedule["warps"])
-    if emitter.uses_dot:
-        return 8 if emitter.largest >= 16384 else 4
+    if emitter.dot_elements:
+        return 8 if emitter.dot_elements >= 16384 else 4
     return 4 if emitter.largest <= 2048 else 8 if emitter.largest <= 8192 else 16
 
 
 def _stages(emitter: Emitter) -> int:
     if "stages" in emitter.function.schedule:
         return int(emitter.function.schedule["stages"])
-    return 1 if emitter.function.schedule.get("pipeline") is False else 3 if emitter.uses_dot else 2
+    return 1 if emitter.function.schedule.get("pipeline") is False else 3 if emitter.dot_elements else 2
 
 
 # -- programs ----------------------------------------------------------------------------------------
@@ -145,7 +156,9 @@ def _programs(emitter: Emitter, segment: plan.Segment) -> _Programs:
         for axis, block in enumerate(blocks):
             given.append(_program_index(emitter, x, axis, block, sizes, names) if block else None)
     presets: control.Presets = {id(op): given for op in segment.effects} if given else {}
-    return _Programs(sizes, _decode(emitter, sizes, names), presets)
+    tiled = len(blocks) > 1 and all(given[-2:]) and min(blocks[-2:]) > 1
+    grouped = tiled and plan.has_products(plan.sources(segment.effects))
+    return _Programs(sizes, _decode(emitter, sizes, names, grouped), presets)
 
 
 def _program_index(emitter: Emitter, x: ir.Value, axis: int, block: int,
@@ -166,22 +179,39 @@ def _program_index(emitter: Emitter, x: ir.Value, axis: int, block: int,
     return emitter.over(emitter.new_axis(name, f"{program} * {text}", block, text, depth=0), limit)
 
 
-def _decode(emitter: Emitter, sizes: list[tuple[Dim, int]], names: list[str]) -> list[str]:
-    """Lines that take a program's number apart, the last size running fastest."""
+def _decode(emitter: Emitter, sizes: list[tuple[Dim, int]], names: list[str], grouped: bool) -> list[str]:
+    """Lines that take a program's number apart, the last size running fastest.
+
+    Grouped, the last two sizes are the rows and columns of a product's tiles: programs that run at the same time take
+    tiles of a few rows, whose operands then stay in the cache.
+    """
     if not names:
         return []
     number = "tl.program_id(0)" + (".to(tl.int64)" if emitter.wide else "")
     if len(names) == 1:
         return [f"{names[0]} = {number}"]
     lines = [f"program = {number}"]
-    for position in range(len(names) - 1, 0, -1):
-        dim, block = sizes[position]
-        count = emitter.size(dim).text
-        if block > 1:
-            count = f"tl.cdiv({count}, {block})"
-        lines.append(f"{names[position]} = program % {count}")
-        lines.append(f"program = program // {count}")
-    return [*lines, f"{names[0]} = program"]
+    counts = [f"tl.cdiv({emitter.size(dim).text}, {block})" if block > 1 else emitter.size(dim).text
+              for dim, block in sizes]
+    last = len(names)
+    if grouped:
+        last -= 2
+        lines += _grouped_tiles(emitter, counts[-2:], names[-2:], is_all=not last)
+    for position in range(last - 1, 0, -1):
+        lines += [f"{names[position]} = program % {counts[position]}", f"program = program // {counts[position]}"]
+    return [*lines, f"{names[0]} = program"] if last else lines
+
+
+def _grouped_tiles(emitter: Emitter, counts: list[str], names: list[str], is_all: bool) -> list[str]:
+    """Lines that take the row and column of a tile from a program's number: down a few rows, then to the right."""
+    rows, group, first, height = (emitter.scopes.name(n) for n in ("tile_rows", "group", "first_row", "height"))
+    lines, tile = [f"{rows} = {counts[0]}", f"{group} = {GROUP_ROWS} * {counts[1]}"], "program"
+    if not is_all:
+        tile = emitter.scopes.name("tile_number")
+        lines += [f"{tile} = program % ({rows} * {counts[1]})", f"program = program // ({rows} * {counts[1]})"]
+    return [*lines, f"{first} = {tile} // {group} * {GROUP_ROWS}",
+            f"{height} = tl.minimum({rows} - {first}, {GROUP_ROWS})",
+            f"{names[0]} = {first} + {tile} % {group} % {height}", f"{names[1]} = {tile} % {group} // {height}"]
 
 
 # -- arguments ---------------------------------------------------------------------------------------
@@ -202,6 +232,12 @@ def _arguments(emitter: Emitter, text: str) -> list[tuple[str | int, ...]]:
                   if f"{param_name(param)}_s{axis}" in words]
     return found + [("size", number) for number, size in enumerate(emitter.function.sizes)
                     if size_name(size) in words]
+
+
+def _is_number(function: ir.Function, argument: tuple[str | int, ...]) -> bool:
+    """Whether an argument is a size or an int."""
+    return argument[0] == "size" or (argument[0] == "scalar"
+                                     and function.params[int(argument[1])].value.type.dtype.is_int)
 
 
 def _argument_name(function: ir.Function, argument: tuple[str | int, ...]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda.emit import Emitter, Rule, at_most, param_name
 from tessera.kernel.backends.cuda.rules import through_spec
+from tessera.kernel.backends.cuda.shared_loads import coarse_index, grouped_position, split_bytes, spread_groups
 from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
 from tessera.types import int4
 
@@ -34,8 +35,6 @@ def address(emitter: Emitter, param: ir.Param, indices: Sequence[Index]) -> tupl
         if index.value.text == "0":
             continue
         text = emitter.spread(index.value, axes)
-        if param.value.type.dtype is int4 and position == last:
-            text = f"({text} // 2)"
         if position != last or not param.unit_stride:
             text = f"{text} * {param_name(param)}_s{position}"
         terms.append((len(index.axes), text))
@@ -63,6 +62,41 @@ def load(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index])
 
 
 def _load(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted: Sequence[Index], depth: int) -> Val:
+    wanted = list(wanted)
+    if param.value.type.dtype is int4:
+        return _load_int4(emitter, op, value, param, wanted, depth)
+    position = grouped_position(wanted)
+    if position is None:
+        return _load_at(emitter, op, value, param, wanted, depth)
+    fine = wanted[position]
+    coarse = coarse_index(emitter, fine, fine.shared)
+    if coarse is None:
+        return _load_at(emitter, op, value, param, wanted, depth)
+    wanted[position] = coarse
+    loaded = _load_at(emitter, op, value, param, wanted, depth)
+    return spread_groups(emitter, loaded, fine.axes[0], coarse.axes[0], fine.shared, fine)
+
+
+def _load_int4(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted: list[Index], depth: int) -> Val:
+    """Two elements a byte: bytes are loaded once and taken apart; scattered elements each load their byte."""
+    last, hint = wanted[-1], value.hint or param_name(param)
+    others = {axis for index in wanted[:-1] for axis in index.axes}
+    if last.axes and last.value.text == last.axes[0].offsets and last.axes[0] not in others and param.unit_stride:
+        coarse = coarse_index(emitter, last, 2)
+        if coarse is not None:
+            loaded = _load_at(emitter, op, value, param, [*wanted[:-1], coarse], depth)
+            return split_bytes(emitter, loaded, last.axes[0], coarse.axes[0], last, hint)
+    at = Val(f"({last.value.text} // 2)", last.axes, last.depth)
+    loaded = _load_at(emitter, op, value, param, [*wanted[:-1], last.moved(at, None)], depth)
+    shift = emitter.spread(last.value, loaded.axes)
+    nibble = f"((({loaded.text} >> ({shift} % 2 * 4).to(tl.uint8)) & 15) ^ 8).to(tl.int8) - 8"
+    if not last.axes:
+        nibble = f"tl.cast((({loaded.text} >> ({shift} % 2 * 4)) & 15) ^ 8, tl.int8) - 8"
+    return emitter.assign(hint, nibble, loaded.axes, max(loaded.depth, last.value.depth), op.loc)
+
+
+def _load_at(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted: Sequence[Index],
+             depth: int) -> Val:
     pointer, axes, at = address(emitter, param, wanted)
     mask = in_bounds(emitter, param.value.type, wanted)
     depth = max(depth, at)
@@ -75,15 +109,7 @@ def _load(emitter: Emitter, op: ir.Op, value: ir.Value, param: ir.Param, wanted:
         depth = max(depth, mask.depth)
         text = f"tl.load({pointer}, mask={emitter.spread(mask, axes)}, other={_zero(value)})"
         zero = frozenset(pair for index in wanted for pair in index.limits)
-    loaded = emitter.assign(value.hint or param_name(param), text, axes, depth, op.loc, zero)  # type: ignore[arg-type]
-    if param.value.type.dtype is not int4:
-        return loaded
-    last = wanted[-1].value
-    shift = emitter.spread(last, axes)
-    nibble = f"((({loaded.text} >> ({shift} % 2 * 4).to(tl.uint8)) & 15) ^ 8).to(tl.int8) - 8"
-    if not last.axes:
-        nibble = f"tl.cast((({loaded.text} >> ({shift} % 2 * 4)) & 15) ^ 8, tl.int8) - 8"
-    return emitter.assign(value.hint or param_name(param), nibble, axes, max(depth, last.depth), op.loc)
+    return emitter.assign(value.hint or param_name(param), text, axes, depth, op.loc, zero)  # type: ignore[arg-type]
 
 
 def _zero(value: ir.Value) -> str:

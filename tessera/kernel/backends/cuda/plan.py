@@ -7,6 +7,7 @@ value is reduced along stays whole, or is looped over.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tessera.errors import UnsupportedError
@@ -20,6 +21,7 @@ from tessera.kernel.dims import Dim
 WRITES = ("store", "atomic_add", "scatter")
 ELEMENTS = 1024  # of an elementwise program
 ROW_ELEMENTS = 2048  # of a program that reduces rows
+FEW_ROWS = 16  # up to here a product is limited by reading its other side
 
 
 @dataclass
@@ -83,7 +85,7 @@ def _check_order(function: ir.Function, found: list[Segment]) -> None:
     written: dict[ir.Value, int] = {}
     for segment in found:
         top = segment.grids[0] if segment.grids else segment.effects[0]
-        for value in _sources([*segment.grids, *segment.effects]):
+        for value in sources([*segment.grids, *segment.effects]):
             op = value.op
             if op is not None and op.name in ("load", "gather") and id(op) in place:
                 param = param_of(op.operands[0])
@@ -94,7 +96,7 @@ def _check_order(function: ir.Function, found: list[Segment]) -> None:
                 written[param_of(op.operands[0])] = place[id(top)]
 
 
-def _sources(ops: list[ir.Op]) -> set[ir.Value]:
+def sources(ops: list[ir.Op]) -> set[ir.Value]:
     """Every value that operations depend on."""
     seen: set[ir.Value] = set()
     stack = [v for op in ir.walk(ir.Block(ops=list(ops))) for v in op.operands]
@@ -119,11 +121,11 @@ def program_blocks(emitter: Emitter, segment: Segment) -> list[int]:
         return []
     x = first.operands[-1]
     rank = x.type.rank
-    values = _sources(segment.effects)
+    values = sources(segment.effects)
     free = [all(by_blocks(emitter, op.operands[-1], axis) for op in segment.effects) for axis in range(rank)]
-    matrices = [v for v in values if v.op is not None and v.op.name == "mma"]
-    if matrices and segment.grids:
-        return []  # the program's own grid and tiles fit its matrices
+    matrices = has_products(values)
+    if matrices and segment.grids:  # tiles of the program's own making fit its matrices
+        free = [can and x.type.shape[axis].const is None for axis, can in enumerate(free)]
     reduced = {v.op.operands[0].type.shape[v.op.attrs["axis"]] for v in values
                if v.op is not None and v.op.name in ("reduce", "scan", "sort")}
     # The pieces of a concatenation are written one by one, each over all of its axis.
@@ -134,6 +136,11 @@ def program_blocks(emitter: Emitter, segment: Segment) -> list[int]:
     return [size if can else 0 for size, can in zip(blocks, free)]
 
 
+def has_products(values: Iterable[ir.Value]) -> bool:
+    """Whether a matrix product is among the values."""
+    return any(v.op is not None and v.op.name == "mma" for v in values)
+
+
 def _matrix_blocks(emitter: Emitter, x: ir.Value, reduced: set[Dim]) -> list[int]:
     """Tiles of BM x BN; fewer rows than a tile take a smaller one, so that more programs share the columns."""
     schedule, shape = emitter.function.schedule, x.type.shape
@@ -141,8 +148,11 @@ def _matrix_blocks(emitter: Emitter, x: ir.Value, reduced: set[Dim]) -> list[int
         return [*([1] * (len(shape) - 2)), *([16, 0][-len(shape):])]
     rows = emitter.bound(shape[-2]) or 128
     bm = int(schedule.get("BM", max(16, min(rows, 128))))
-    bn = int(schedule.get("BN", 128 if bm >= 64 else 64))
-    return [*([1] * (len(shape) - 2)), next_power_of_2(bm), next_power_of_2(bn)]
+    if rows <= FEW_ROWS:  # memory is the limit: every multiprocessor shall read
+        bn = 32 if (emitter.bound(shape[-1]) or 0) > 2048 else 16
+    else:
+        bn = 128 if bm >= 64 else 64
+    return [*([1] * (len(shape) - 2)), next_power_of_2(bm), next_power_of_2(int(schedule.get("BN", bn)))]
 
 
 def _row_blocks(emitter: Emitter, x: ir.Value, reduced: set[Dim]) -> list[int]:

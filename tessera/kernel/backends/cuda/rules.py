@@ -25,6 +25,7 @@ UNARY = {"exp": "tl.exp({})", "exp2": "tl.exp2({})", "log": "tl.log({})", "log2"
          "tanh": "libdevice.tanh({})", "expm1": "libdevice.expm1({})", "log1p": "libdevice.log1p({})",
          "round": "libdevice.rint({})",
          "softplus": "(tl.maximum({0}, 0.0, tl.PropagateNan.ALL) + libdevice.log1p(tl.exp(-tl.abs({0}))))"}
+_POWERS_OF_2 = frozenset(1 << n for n in range(1, 11))
 ZERO_OF_ZEROS = frozenset(["add", "sub", "mul", "max", "min", "neg", "abs"])
 FLOAT_F64 = {"sigmoid": "(1.0 / (1.0 + tl.exp(-{})))"}
 
@@ -284,6 +285,10 @@ def _fewer(a: Dim, b: Dim) -> bool:
 def _flatten(emitter: Emitter, indices: list[Index], shape: list[Dim]) -> Index:
     if not indices:
         return Index(Val("0"), Dim.of(0))
+    whole, parts = emitter.splits.get(tuple(index.value.text for index in indices), (None, None))
+    if whole is not None and parts == shape:  # what was taken apart is put together again
+        return replace(whole, limits=frozenset().union(*(index.limits for index in indices)),
+                       guards=tuple(dict.fromkeys(guard for index in indices for guard in index.guards)))
     flat = indices[0]
     for index, dim_ in zip(indices[1:], shape[1:]):
         limits, guards = flat.limits | index.limits, (*flat.guards, *index.guards)
@@ -313,13 +318,17 @@ def _split(emitter: Emitter, flat: Index, shape: list[Dim]) -> list[Index]:
             continue
         text = flat.value.text
         depth = flat.value.depth
+        shared = 1
         if inner.const != 1:
             size = emitter.size(inner)
             text, depth = f"({text} // {size.text})", max(depth, size.depth)
+            if flat.axes and flat.value.text == flat.axes[0].offsets and inner.const in _POWERS_OF_2:
+                shared = inner.const
         if any(d.const != 1 for d in shape[:position]):
             size = emitter.size(dim_)
-            text, depth = f"({text} % {size.text})", max(depth, size.depth)
-        wanted.append(Index(Val(text, flat.axes, depth), None, flat.limits, flat.guards))
+            text, depth, shared = f"({text} % {size.text})", max(depth, size.depth), 1
+        wanted.append(Index(Val(text, flat.axes, depth), None, flat.limits, flat.guards, shared))
+    emitter.splits[tuple(index.value.text for index in wanted)] = flat, shape
     return wanted
 
 

@@ -18,7 +18,7 @@ from tessera.kernel.dims import Dim, Term
 class Axis:
     """One dim of Triton tensors: `size` (a power of two) consecutive positions, held by the variable `offsets`.
 
-    `start` is None when the positions begin at 0; a blocked axis begins at a run-time position.
+    They begin at the value of the text `start`; a blocked axis begins at a multiple of its size, known at run time.
     """
 
     name: str
@@ -26,7 +26,12 @@ class Axis:
     size: int
     size_text: str
     depth: int
-    blocked: bool = False
+    start: str = "0"
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it may begin elsewhere than at 0."""
+        return self.start != "0"
 
     def __repr__(self) -> str:
         return f"Axis({self.name}:{self.size})"
@@ -51,12 +56,14 @@ class Index:
 
     limits: the positions that count, as "axis offsets < limit"; guards: further conditions, as bool values.
     start: the first position where the index is `start + axis offsets`, as far as it is known symbolically.
+    shared: so many neighbouring positions of its axis are one element: the value is `axis offsets // shared`.
     """
 
     value: Val
     start: Dim | None = None
     limits: frozenset[tuple[Axis, Dim]] = frozenset()
     guards: tuple[Val, ...] = field(default=())
+    shared: int = 1
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -82,7 +89,7 @@ class Index:
 
     def moved(self, value: Val, start: Dim | None) -> Index:
         """The same elements counted from elsewhere."""
-        return replace(self, value=value, start=start)
+        return replace(self, value=value, start=start, shared=1)
 
 
 def order(indices: Sequence[Index]) -> tuple[Axis, ...]:
