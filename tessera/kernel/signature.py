@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tessera.errors import CompileError, InputError, LaunchError
+from tessera.kernel.diagnostics import compile_error
 from tessera.kernel.dims import Dim, split_fraction
 from tessera.kernel.ir import Value
 from tessera.types import Annotation, DType, dtype_of, int4
@@ -156,9 +157,9 @@ def read_parameters(function: types.FunctionType, names: Sequence[str], defaults
             found.append(Parameter(name, "self"))
             continue
         if name not in annotations:
-            raise CompileError(f"kernel {function.__name__}: parameter {name!r} has no annotation; "
-                               'expected Tile["S", "D", dtype], float, int, bool or ts.constexpr')
-        parameter = _parameter(function.__name__, name, annotations[name], defaults.get(name, EMPTY))
+            raise _error(function, name, "has no annotation; "
+                         'expected Tile["S", "D", dtype], float, int, bool or ts.constexpr')
+        parameter = _parameter(function, name, annotations[name], defaults.get(name, EMPTY))
         found.append(replace(parameter, dtype=retypes.get(parameter.dtype, parameter.dtype))
                      if parameter.dtype is not None else parameter)
     return tuple(found)
@@ -183,7 +184,7 @@ def _evaluate(function: types.FunctionType, name: str, annotation: Any) -> Any:
                            f"{error}") from None
 
 
-def _parameter(kernel: str, name: str, annotation: Any, default: Any) -> Parameter:
+def _parameter(function: types.FunctionType, name: str, annotation: Any, default: Any) -> Parameter:
     members = _members(annotation)
     optional = any(m in (None, type(None)) for m in members) or default is None
     members = [m for m in members if m not in (None, type(None))]
@@ -195,8 +196,21 @@ def _parameter(kernel: str, name: str, annotation: Any, default: Any) -> Paramet
             return Parameter(name, kind.__name__, optional=optional, default=default)
         if kind in (bool, str, DType, torch.dtype, tuple) or (isinstance(kind, type) and issubclass(kind, constexpr)):
             return Parameter(name, "constant", optional=optional, default=default)
-    raise CompileError(f"kernel {kernel}: parameter {name!r} is annotated {annotation!r}; expected "
-                       'Tile["S", "D", dtype], Optional[Tile[...]], float, int, bool, str or ts.constexpr')
+    raise _error(function, name, f"is annotated {annotation!r}; expected "
+                 'Tile["S", "D", dtype], Optional[Tile[...]], float, int, bool, str or ts.constexpr')
+
+
+def _error(function: types.FunctionType, name: str, message: str) -> CompileError:
+    """What is wrong with a parameter, at its place."""
+    from tessera.kernel.frontend.source import source_of  # the frontend reads signatures
+
+    try:
+        source = source_of(function)
+    except CompileError:  # typed at a prompt: say at least what is wrong
+        place = None
+    else:
+        place = next((source.location(node) for node in source.parameters if node.arg == name), None)
+    return compile_error(f"kernel {function.__name__}: parameter {name!r} {message}", place)
 
 
 def _members(annotation: Any) -> list[Any]:

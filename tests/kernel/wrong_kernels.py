@@ -29,6 +29,14 @@ def no_return(a):
     pass
 
 
+def scaled(v, factor=2.0):
+    return v * factor
+
+
+calls_so_far = 0
+TABLE = {"rows": 1}
+
+
 # -- shapes and dtypes ------------------------------------------------------------------------------
 
 
@@ -448,3 +456,123 @@ def zero_step(x: Mat, o: Mat):
 def loops_over_a_tile(x: Mat, o: Mat):
     for row in tile.load(x):  # error: expected tile.grid, tile.range @ tile.load(x)
         tile.store(o[0], row)
+
+
+# -- what a user of numpy, torch or plain Python writes first ----------------------------------------
+
+
+@ts.kernel
+def numpy_keyword(x: Mat, o: Mat):
+    tile.store(o, x - tile.reduce_max(x, keepdims=True))  # error: expected tile.reduce_max(x, axis=-1, keepdim=False) @ tile.reduce_max(x, keepdims=True)
+
+
+@ts.kernel
+def keyword_of_a_helper(x: Mat, o: Mat):
+    tile.store(o, scaled(x, factr=3.0))  # error: unexpected keyword argument 'factr'; expected scaled(v, factor=2.0) @ scaled(x, factr=3.0)
+
+
+@ts.kernel
+def keys_not_transposed(q: Mat, k: Tile["T", "D", f32], o: Tile["S", "T", f32]):
+    tile.store(o, tile.mma(q, k))  # error: D against T @ tile.mma(q, k) @ k is f32[T, D], declared at line
+
+
+@ts.kernel
+def whole_into_a_row(x: Mat, o: Mat):
+    for i in tile.grid(x.shape[0]):
+        o[i] = x  # error: store: x: f32[S, D] does not fit &f32[D] @ o[i] @ x is f32[S, D], declared at line
+
+
+@ts.kernel
+def and_of_tiles(x: Mat, o: Mat):
+    tile.store(o, tile.where(x > 0 and x < 1, x, 0.0))  # error: combine tiles element by element with &, | and ~ @ x > 0
+
+
+@ts.kernel
+def choice_by_a_tile(x: Mat, o: Mat):
+    tile.store(o, x if x > 0 else 0.0)  # error: choose element by element with tile.where @ x > 0
+
+
+@ts.kernel
+def while_on_a_tile(x: Mat, o: Mat):
+    y = tile.load(x)
+    while y > 0:  # error: is a tile; reduce it with tile.any or tile.all @ y > 0
+        y = y - 1.0
+    tile.store(o, y)
+
+
+@ts.kernel
+def python_sum(x: Mat, o: Vec):
+    tile.store(o, sum(x))  # error: a tile's sum is tile.reduce_sum @ sum(x) @ x is f32[S, D], declared at line
+
+
+@ts.kernel
+def python_max_of_one(x: Mat, o: Vec):
+    tile.store(o, max(x))  # error: expected several, or tile.reduce_max @ max(x)
+
+
+@ts.kernel
+def loops_over_rows(x: Mat, o: Mat):
+    for i, row in enumerate(x):  # error: a loop over rows is `for i in range(x.shape[0])` @ enumerate(x)
+        o[i] = row
+
+
+@ts.kernel
+def grows_a_list(x: Mat, o: Mat):
+    parts = []
+    parts.append(x[0])  # error: nothing that Python holds can be changed in a kernel @ parts.append(x[0])
+    o[0] = parts[0]
+
+
+@ts.kernel
+def dict_of_sizes(x: Mat, o: Mat):
+    sizes = {"rows": x.shape[0]}  # error: a dict cannot be compiled @ {"rows": x.shape[0]}
+    tile.store(o, x)
+
+
+@ts.kernel
+def key_that_is_not_there(x: Mat, o: Mat):
+    tile.store(o, x * TABLE["columns"])  # error: index: no 'columns'; there are 'rows' @ TABLE["columns"]
+
+
+@ts.kernel
+def counts_its_calls(x: Mat, o: Mat):
+    global calls_so_far  # error: a kernel writes to its parameters only @ global calls_so_far
+    calls_so_far += 1
+    tile.store(o, x)
+
+
+@ts.kernel
+def nested_function(x: Mat, o: Mat):
+    def double(v):  # error: define it outside of the kernel @ def double(v):
+        return v * 2.0
+    tile.store(o, double(x))
+
+
+@ts.kernel
+def raises_an_error(x: Mat, o: Mat, n: int):
+    if n > 3:
+        raise ValueError(n)  # error: raise cannot be compiled; use assert or tile.static_assert @ raise ValueError(n)
+    tile.store(o, x)
+
+
+@ts.kernel
+def prints_in_a_text(x: Mat, o: Mat):
+    print(f"x is {x}")  # error: known only when the kernel runs; give print the tile itself @ f"x is {x}"
+    tile.store(o, x)
+
+
+@ts.kernel
+def half_a_size(x: Mat, o: Mat):
+    n = x.shape[1] / 2
+    o[:, 0:n] = x[:, 0:n]  # error: index: n: f32 given; expected a size @ x[:, 0:n] @ n is f32, made at line
+
+
+@ts.kernel
+def attribute_of_a_tile(x: Mat, o: Mat):
+    x.scale = 2.0  # error: an attribute cannot be assigned to @ x.scale
+    tile.store(o, x)
+
+
+@ts.kernel
+def no_annotation(x: Mat, o: Mat, sizes=(1, 2)):  # error: parameter 'sizes' has no annotation @ sizes
+    tile.store(o, x)

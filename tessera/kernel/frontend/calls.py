@@ -85,6 +85,9 @@ class Calls(Expressions):
             return lang.cast(*args)
         python = _PYTHON.get(function) if is_hashable(function) else None
         if python is not None:
+            if function in _OVER_ITEMS and args and isinstance(args[0], Value):
+                raise TypeRuleError(f"{function.__name__}: {describe(args[0])} given; expected a tuple"
+                                    f"{_OVER_ITEMS[function]}", args[0])
             return python(*args, **kwargs)
         return self._math(function, args, kwargs)
 
@@ -102,6 +105,9 @@ class Calls(Expressions):
         if not callable(function):
             raise TypeRuleError(f"{describe(function)} is not a function",
                                 *([function] if isinstance(function, Value) else []))
+        if isinstance(getattr(function, "__self__", None), (list, dict, set)):
+            raise TypeRuleError(f"a call of {name} cannot be compiled: nothing that Python holds can be changed in a "
+                                "kernel; make a tuple, or unroll with tile.static_range and join with +")
         raise TypeRuleError(
             f"a call of {name} cannot be compiled: it is neither a tile builtin nor a plain Python function")
 
@@ -242,6 +248,9 @@ def _len(x: Any) -> Any:
 def _extreme(name: str) -> Callable[..., Any]:
     def apply(*items: Any) -> Any:
         values = list(items[0]) if len(items) == 1 and isinstance(items[0], (tuple, list)) else list(items)
+        if len(items) == 1 and isinstance(items[0], Value):
+            raise TypeRuleError(
+                f"{name}: one tile given, {describe(items[0])}; expected several, or tile.reduce_{name}", items[0])
         if not values:
             raise TypeRuleError(f"{name}: no operands given")
         result = values[0]
@@ -278,6 +287,12 @@ def _isinstance(x: Any, kind: Any) -> bool:
 def _hasattr(x: Any, name: str) -> bool:
     return hasattr(x.object if isinstance(x, SelfObject) else x, name)
 
+
+# Python's functions over items: a tile has none; what to write instead.
+_OVER_ITEMS: dict[Any, str] = {
+    sum: "; a tile's sum is tile.reduce_sum", tuple: "", list: "",
+    **dict.fromkeys((enumerate, zip, reversed), "; a loop over rows is `for i in range(x.shape[0])`"),
+}
 
 _PYTHON: dict[Any, Callable[..., Any]] = {
     float: _float, int: _int, bool: _bool, len: _len, max: _extreme("max"), min: _extreme("min"), sum: _sum,

@@ -42,6 +42,7 @@ METHODS: dict[str, Any] = {
     "argmax": lang.argmax, "argmin": lang.argmin, "cumsum": lang.cumsum, "exp": lang.exp, "abs": lang.abs,
     "sqrt": lang.sqrt, "rsqrt": lang.rsqrt, "load": lang.load,
 }
+_ELEMENTWISE = "combine tiles element by element with &, | and ~"
 _EFFECTS = frozenset(["load", "gather", "extract", "atomic_add", "store", "scatter", "for", "while", "if"])
 
 
@@ -152,6 +153,10 @@ class Expressions:
         parts = []
         for piece in node.values:
             value = self.eval(piece.value) if isinstance(piece, ast.FormattedValue) else self.eval(piece)
+            if isinstance(value, Value):
+                with self.at(node):
+                    raise TypeRuleError(f"f-string: {describe(value)} is known only when the kernel runs; "
+                                        "give print the tile itself", value)
             parts.append(value if isinstance(value, str) else describe(value))
         return "".join(parts)
 
@@ -175,7 +180,7 @@ class Expressions:
 
     def _UnaryOp(self, node: ast.UnaryOp) -> Any:
         if isinstance(node.op, ast.Not):
-            value = self.condition(node.operand)
+            value = self.condition(node.operand, _ELEMENTWISE)
             with self.at(node):
                 return (not value) if isinstance(value, bool) else self.builder.unary("not", value)
         value = self.eval(node.operand)
@@ -237,14 +242,14 @@ class Expressions:
             if isinstance(result, Value):
                 result = self._lazily(node, name, result, operand)
             else:
-                result = self.condition(operand)
+                result = self.condition(operand, _ELEMENTWISE)
         return result
 
     def _lazily(self, node: ast.AST, name: str, left: Value, operand: ast.expr) -> Any:
         """left and/or operand: where the operand reads memory, it is evaluated only if it decides."""
         block = Block()
         with self.builder.inside(block):
-            right = self.condition(operand)
+            right = self.condition(operand, _ELEMENTWISE)
         with self.at(node):
             if isinstance(right, bool):
                 return left if right == (name == "and") else right
@@ -259,8 +264,8 @@ class Expressions:
             regions = [block, other] if name == "and" else [other, block]
             return self.builder.emit("if", [left], [right.type], regions).result
 
-    def condition(self, node: ast.expr) -> bool | Value:
-        """A condition: a bool known now, or a bool scalar of the run time.
+    def condition(self, node: ast.expr, instead: str = "") -> bool | Value:
+        """A condition: a bool known now, or a bool scalar of the run time; `instead`: what a tile may be meant for.
 
         Raises:
             CompileError: it is a tile with axes, or not a condition at all.
@@ -272,15 +277,16 @@ class Expressions:
             if isinstance(value, Value):
                 value = tile_of(value)
                 if value.type.rank:
+                    ways = f"{instead}, or reduce it" if instead else "reduce it"
                     raise TypeRuleError(
-                        f"condition: {describe(value)} is a tile; reduce it with tile.any or tile.all", value)
+                        f"condition: {describe(value)} is a tile; {ways} with tile.any or tile.all", value)
                 return value if value.type.dtype == bool_ else binary("ne", value, 0)
             if isinstance(value, (Context, Method, types.FunctionType)):
                 raise TypeRuleError(f"condition: {describe(value)} is always true")
             return bool(value)
 
     def _IfExp(self, node: ast.IfExp) -> Any:
-        condition = self.condition(node.test)
+        condition = self.condition(node.test, "choose element by element with tile.where")
         if isinstance(condition, bool):
             return self.eval(node.body if condition else node.orelse)
         blocks = [Block(), Block()]
@@ -370,7 +376,9 @@ class Expressions:
             raise TypeRuleError(f"index: {describe(item)} into a tuple; expected an int known at compile time", item)
         try:
             return base[slice(item.start, item.stop) if isinstance(item, Range) else item]
-        except (IndexError, KeyError, TypeError) as error:
+        except KeyError:
+            raise TypeRuleError(f"index: no {item!r}; there are {', '.join(map(repr, base))}") from None
+        except (IndexError, TypeError) as error:
             raise TypeRuleError(f"index: {error}") from None
 
     def index_items(self, node: ast.expr) -> list[Any]:

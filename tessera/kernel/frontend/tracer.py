@@ -26,6 +26,11 @@ _STATEMENTS = {
     "Import": "import", "ImportFrom": "import", "Global": "global", "Nonlocal": "nonlocal", "Delete": "del",
     "Match": "match", "AsyncFor": "async for", "AsyncWith": "async with", "TryStar": "try",
 }
+_INSTEAD = {
+    "FunctionDef": "; define it outside of the kernel", "Import": "; import outside of the kernel",
+    "Raise": "; use assert or tile.static_assert", "Global": "; a kernel writes to its parameters only",
+    "Nonlocal": "; a kernel writes to its parameters only",
+}
 
 
 class Tracer(Loops):
@@ -95,7 +100,8 @@ class Tracer(Loops):
         elif isinstance(s, ast.Return):
             return Exit(returned=None if s.value is None else self.eval(s.value), has_returned=True)
         elif not isinstance(s, ast.Pass):
-            raise self.error(f"{_STATEMENTS.get(type(s).__name__, type(s).__name__)} cannot be compiled", s)
+            kind = type(s).__name__
+            raise self.error(f"{_STATEMENTS.get(kind, kind)} cannot be compiled{_INSTEAD.get(kind, '')}", s)
         return None
 
     # -- assignment ---------------------------------------------------------------------------------
