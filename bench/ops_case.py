@@ -14,12 +14,13 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase:
-    """One line of the table. A file ops_cases_*.py has a function `cases(quick: bool) -> Iterator[OpCase]`.
+    """One line of the table. A file ops_cases_*.py has `cases(quick: bool, fast_bf16: bool) -> Iterator[OpCase]`.
 
     Args:
         group: operation and dtype, "rms_norm f32".
         label: the group and the sizes.
-        inputs: of both functions; the gradients of those that need one are computed and compared.
+        inputs: of both functions; the gradients of those that need one are computed and compared. Where none needs
+            one, the forward pass alone is measured.
         ours: our operation, giving a tensor or a tuple of them.
         formula: the same in plain torch, which torch.compile gets; float64 inputs make it the reference.
         tolerance: largest error, relative to the largest value of its tensor.
@@ -39,6 +40,25 @@ class OpCase:
                 for out in (outs if isinstance(outs, tuple) else (outs,))]
 
 
-def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+def make(operation: str, name: str, sizes: str, made: tuple, tolerance: float | None = None) -> OpCase:
+    """A case from (inputs, ours, formula).
+
+    Args:
+        operation, name, sizes: of the group and the label; the name is a dtype's.
+        tolerance: by default that of sums in f32; for bf16, of two roundings.
+    """
+    inputs, ours, formula = made
+    if tolerance is None:
+        tolerance = 1e-4 if DTYPES.get(name, torch.float32) is torch.float32 else 2.0**-6
+    return OpCase(group=f"{operation} {name}", label=f"{operation} {name} {sizes}", inputs=inputs, ours=ours,
+                  formula=formula, tolerance=tolerance)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     """Normal values that need a gradient."""
-    return torch.randn(shape).to(dtype).requires_grad_()
+    return (torch.randn(shape) * scale).to(dtype).requires_grad_()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in f32, f64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
