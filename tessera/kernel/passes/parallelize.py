@@ -123,6 +123,7 @@ class _Cutter:
         self.function, self.classes, self.cuts = function, classes, cuts
         self.builder = Builder(function)
         self.starts: dict[Node, Value] = {}
+        self.blocks: dict[Node, tuple[Dim, Dim | None]] = {}
         self.params = {p.value.name for p in function.params}
 
     def run(self) -> None:
@@ -165,13 +166,15 @@ class _Cutter:
             self._shift_iota(op, self.starts[roots[op.attrs["axis"]]])
 
     def _cut(self, root: Node) -> tuple[Dim, Dim | None]:
-        size, cut = self.cuts[root]
-        if cut.most == 1:
-            return Dim.of(1), None
-        start = self.starts[root].expr
-        assert start is not None
-        valid = _step(cut).minimum(size - start)
-        return Dim.of(cut.most), None if valid.const == cut.most else valid
+        """How long a block is: (nominally, at the end of the dim)."""
+        if root not in self.blocks:
+            size, cut = self.cuts[root]
+            start, valid = self.starts[root].expr, None
+            if cut.most > 1:
+                assert start is not None
+                valid = _step(cut).minimum(size - start)
+            self.blocks[root] = Dim.of(cut.most), None if valid is None or valid.const == cut.most else valid
+        return self.blocks[root]
 
     def _cut_type(self, value: Value) -> TileTy:
         if value.name in self.params or not value.type.rank:

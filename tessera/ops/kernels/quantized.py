@@ -3,7 +3,8 @@
 In: activations [M, K] of any float type, and weights as plain tensors: `quants` [N, K], and a scale for each row, or
 for each group of GROUP weights along K, perhaps with a minimum. `from_blocks` makes them from the blocks of a GGUF
 file. int4 tensors are packed: uint8 [N, K/2], the even k in the low nibble, two's complement. Sums are f32 chains with
-k ascending: a row of the result has the same bits in any batch.
+k ascending, in the `product` kernels, which round the activations to 8 bits as well, chains of groups: a row of the
+result has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -73,6 +74,66 @@ def int4_linear_kernel(
     if bias is not None:
         total = total + tile.cast(tile.load(bias), f32)
     tile.store(out, total)
+
+
+@kernel
+def int8_group_product_kernel(
+    x: Tile["M", "K"], quants: Tile["N", "K", int8], scale: Tile["N", "K/32"], out: Tile["M", "N"],
+    bias: Tile["N"] | None = None,
+):
+    """`int8_group_linear_kernel` with x rounded to int8 as well, a scale for each group: products of integers.
+
+    Args: as there.
+    """
+    total = _group_product(x, quants, scale, None)
+    if bias is not None:
+        total = total + tile.cast(tile.load(bias), f32)
+    tile.store(out, total)
+
+
+@kernel
+def int4_product_kernel(
+    x: Tile["M", "K"], quants: Tile["N", "K", int4], scale: Tile["N", "K/32"],
+    minimum: Tile["N", "K/32"] | None, out: Tile["M", "N"], bias: Tile["N"] | None = None,
+):
+    """`int4_linear_kernel` with x rounded to int8 as well, a scale for each group: products of integers.
+
+    Args: as there.
+    """
+    total = _group_product(x, quants, scale, minimum)
+    if bias is not None:
+        total = total + tile.cast(tile.load(bias), f32)
+    tile.store(out, total)
+
+
+def _group_product(x, quants, scale, minimum):
+    """The tile [M, N]: for each group the integers' product, exact, times both scales; groups added in order.
+
+    The codes of x are round(x / step) with step = max|x| / 127 of a row's group.
+    """
+    rows, depth = x.shape
+    columns, groups = quants.shape[0], depth // 32
+    values = tile.reshape(tile.cast(tile.load(x), f32), (rows, groups, 32))
+    step = tile.maximum(tile.reduce_max(tile.abs(values), axis=-1), 1e-30) / 127.0
+    codes = tile.cast(tile.round(values * (1.0 / step)[:, :, None]), int8)
+    weight = tile.reshape(tile.load(quants), (columns, groups, 32))
+    # Groups come first: the sum over them adds products of [M, 32] with [32, N].
+    product = tile.mma(tile.transpose(codes, (1, 0, 2)), tile.transpose(weight, (1, 2, 0)))
+    total = tile.cast(product, f32) * _rows_of_groups(step) * _columns_of_groups(scale)
+    if minimum is not None:
+        sums = tile.reduce_sum(tile.cast(codes, f32), axis=-1) * step
+        total = tile.fma(_rows_of_groups(sums), _columns_of_groups(minimum), total)
+    return tile.reduce_sum(total, axis=0)
+
+
+def _rows_of_groups(tile_MG):
+    """[M, G] -> [G, M, 1]."""
+    return tile.transpose(tile_MG)[:, :, None]
+
+
+def _columns_of_groups(view_NG):
+    """[N, G] -> [G, 1, N], f32."""
+    return tile.transpose(tile.cast(tile.load(view_NG), f32))[:, None, :]
 
 
 @kernel

@@ -73,6 +73,11 @@ class Instructions(Arithmetic):
             v = op(self.slice(v, 0, n), self.slice(v, n, n))
         return self.extract(v, 0)
 
+    def opaque(self, index: Val) -> Val:
+        """The same number, but nothing that LLVM knows how to count: its search for the best addresses of some dozens
+        of rows would take longer than all the rest of its work, and finds nothing."""
+        return self.emit(f'call i64 asm "", "=r,0"({index})', I64)
+
     # -- memory -------------------------------------------------------------------------------------------
 
     def alloca(self, ty: str, count: int = 1, *, align: int = 64) -> Val:

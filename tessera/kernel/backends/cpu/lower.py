@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tessera.errors import UnsupportedError
 from tessera.kernel import ir
-from tessera.kernel.backends.cpu import emit, plan
+from tessera.kernel.backends.cpu import emit, grouped, plan
 from tessera.kernel.backends.cpu.context import Context, Memory, register_type
 from tessera.kernel.backends.cpu.control import lower_for, lower_if, lower_while
 from tessera.kernel.backends.cpu.elements import Point, compute, element, index64, load, produce, store
@@ -34,7 +34,7 @@ def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
     """The module and its number of segments."""
     module = emit.Module()
     kept, joined = plan.plan(function), plan.joined(function)
-    fused = fused_products(function, kept, target)
+    fused = fused_products(function, kept, target) | grouped.grouped_sums(function, kept)
     segments = _segments(function.body)
     _emit_work(function, module, target)
     for number, (shared, ops) in enumerate(segments):
@@ -195,6 +195,9 @@ def _view(ctx: Context, op: Op) -> None:
 
 
 def _reduce(ctx: Context, op: Op) -> None:
+    if op in ctx.fused:
+        grouped.lower(ctx, op, *ctx.fused[op])
+        return
     scalar = reduce(ctx, op)
     if scalar is not None:
         ctx.scalars[op.result.name] = scalar

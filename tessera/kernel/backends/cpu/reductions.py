@@ -63,8 +63,14 @@ def _reduce_row(ctx: Context, op: Op, indices: tuple[Val, ...]) -> Val:
     pieces = LANES // lanes
     start = [state for _ in range(pieces) for state in rule.start(lanes)]
     whole = b.and_(extent, -LANES) if extent.const is None else emit.const(extent.const & -LANES, I64)
-    states = _whole_blocks(ctx, rule, source, at, start, whole, pieces, lanes)
-    states = _remainder(ctx, rule, source, at, states, whole, extent, lanes)
+    if extent.const is not None and extent.const < LANES and extent.const % lanes == 0:
+        states = _grouped(start, rule.width)
+        for piece in range(extent.const // lanes):
+            index = emit.const(piece * lanes, I64)
+            states[piece] = rule.take(states[piece], element(ctx, source, at(index, None)), index, None)
+    else:
+        states = _whole_blocks(ctx, rule, source, at, start, whole, pieces, lanes)
+        states = _remainder(ctx, rule, source, at, states, whole, extent, lanes)
     while len(states) > 1:
         half = len(states) // 2
         states = [rule.combine(x, y) for x, y in zip(states[:half], states[half:])]
