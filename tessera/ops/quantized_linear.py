@@ -15,10 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.errors import ShapeError, UnsupportedError
-from tessera.ops.kernels.casted_linear import casted_linear_kernel, int8_product_kernel, quantize_rows_kernel
+from tessera.ops.kernels.casted_linear import (
+    casted_linear_kernel,
+    int8_product_kernel,
+    int8_rows_kernel,
+    quantize_rows_kernel,
+)
 from tessera.ops.quantize import context_scale, dequantize_rows, fake_quantize_rows, is_quantized
 from tessera.ops.registration import Operation
 from tessera.types import DType, dtype_of
+
+_FEW_ROWS = 16  # up to so many, one launch that reads the weight once
 
 
 def casted_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -139,10 +146,13 @@ def _casted_linear_reference(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, b
 
 
 def _int8_linear(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    out_MN = x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0])
+    if x_MK.is_cpu and x_MK.shape[0] <= _FEW_ROWS:
+        int8_rows_kernel(x_MK, weight_NK, scale_N, out_MN, bias_N)
+        return out_MN
     quantized_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
     x_scale_M = x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
     quantize_rows_kernel(x_MK, quantized_MK, x_scale_M)
-    out_MN = x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0])
     in_floats = x_MK.is_cpu and not _has_byte_products()
     int8_product_kernel(quantized_MK, x_scale_M, weight_NK, scale_N, out_MN, bias_N, in_floats)
     return out_MN

@@ -38,10 +38,8 @@ def quantize_rows_kernel(x: Tile["M", "K"], out: Tile["M", "K", int8], scale: Ti
         out: [M, K] int8.
         scale: [M] f32.
     """
-    values = tile.cast(tile.load(x), f32)
-    largest = tile.reduce_max(tile.abs(values), axis=-1, keepdim=True) / 127.0
-    step = tile.where(largest < 1.1754943508222875e-38, 1.0, largest)
-    tile.store(out, tile.cast(tile.round(values / step), int8))
+    codes, step = _codes(x)
+    tile.store(out, codes)
     tile.store(scale, tile.reshape(step, (step.shape[0],)))
 
 
@@ -70,7 +68,33 @@ def int8_product_kernel(x: Tile["M", "K", int8], x_scale: Tile["M", f32], weight
             total = total + tile.cast(tile.mma(x_block, tile.transpose(weight_block)), int32)
     else:
         total = tile.mma(tile.load(x), tile.transpose(tile.load(weight)))
-    result = tile.cast(total, f32) * tile.load(x_scale)[:, None] * tile.load(scale)
+    _store_scaled(out, total, tile.load(x_scale)[:, None], scale, bias)
+
+
+@kernel
+def int8_rows_kernel(x: Tile["M", "K"], weight: Tile["N", "K", int8], scale: Tile["N", f32], out: Tile["M", "N"],
+                     bias: Optional[Tile["N"]] = None):  # noqa: UP045
+    """`quantize_rows_kernel` and `int8_product_kernel` in one launch, for few rows: each block rounds them again.
+
+    Args:
+        x: [M, K], a float dtype.
+        weight, scale, out, bias: as there.
+    """
+    codes, step = _codes(x)
+    _store_scaled(out, tile.mma(codes, tile.transpose(tile.load(weight))), step, scale, bias)
+
+
+def _codes(x):
+    """x in steps of max|x| / 127 of its row: (int8 [M, K], steps [M, 1])."""
+    values = tile.cast(tile.load(x), f32)
+    largest = tile.reduce_max(tile.abs(values), axis=-1, keepdim=True) / 127.0
+    step = tile.where(largest < 1.1754943508222875e-38, 1.0, largest)
+    return tile.cast(tile.round(values / step), int8), step
+
+
+def _store_scaled(out, total, step, scale, bias):
+    """out = total * step * scale + bias."""
+    result = tile.cast(total, f32) * step * tile.load(scale)
     if bias is not None:
         result = result + tile.cast(tile.load(bias), f32)
     tile.store(out, result)

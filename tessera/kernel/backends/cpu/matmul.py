@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tessera.kernel import ir
-from tessera.kernel.backends.cpu import emit, mma, resident, skinny
+from tessera.kernel.backends.cpu import byte_few, byte_rows, emit, mma, resident, skinny
 from tessera.kernel.backends.cpu.context import ZERO, Context, Memory, register_type
 from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, store
 from tessera.kernel.backends.cpu.emit import F32, I64, Val
@@ -130,7 +130,8 @@ class _Operands:
         self.scratch = mma.scratch(mma.tiling(ctx.target), dot, w.shape[-1], w.shape[-2])
         self.memory = ctx.scratch(self.scratch.total)
         # The products of a loop have no weights that few rows share: their blocks are packed anyway.
-        self.few = None if _in_loop(ctx, op) else ctx.scratch(skinny.scratch_bytes())
+        self.few = None if _in_loop(ctx, op) else ctx.scratch(
+            byte_rows.scratch_bytes(w.shape[-2]) if byte_few.multiplies(ctx, op) else skinny.scratch_bytes())
 
     def product(self, ctx: Context, batch: tuple[Val, ...], width: Val, c: Val, ldc: Val) -> mma.Product:
         """What `mma.matmul` takes."""
@@ -144,6 +145,9 @@ class _Operands:
     def multiply_few(self, ctx: Context, batch: tuple[Val, ...], m: Val, n: Val, c: Val, ldc: Val) -> None:
         """The product of at most `skinny.ROWS` rows."""
         assert self.few is not None
+        if byte_few.multiplies(ctx, self.op):
+            byte_few.multiply(ctx, self.op, m, n, inner_extent(ctx, self.op), c, ldc, self.few)
+            return
         skinny.multiply(ctx, skinny.Product(
             a=self.left, w=self.right, dot=self.dot, batch=batch, m=m, n=n, k=inner_extent(ctx, self.op), c=c, ldc=ldc,
             accumulate=len(self.op.operands) == 3, most_rows=self.left.type.shape[-2].const or skinny.ROWS), self.few)
