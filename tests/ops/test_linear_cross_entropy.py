@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -77,8 +78,11 @@ def test_gradcheck(reduction):
                 (hidden, weight))
 
 
-def test_mixed_dtypes_and_autocast():
+@pytest.mark.parametrize("emulated", [True, False], ids=["emulated", "native"])
+def test_mixed_dtypes_and_autocast(emulated, monkeypatch):
     """bf16 activations against an f32 master weight: its gradient keeps f32's digits."""
+    halves = frozenset((torch.bfloat16, torch.float16)) if emulated else frozenset()
+    monkeypatch.setattr(importlib.import_module("tessera.ops.matmul"), "_EMULATED", halves)
     hidden, weight, targets = case(3, (200,), 16, 90)
     low = hidden.detach().bfloat16().requires_grad_()
     wide_hidden, wide_weight, reference = wide_case(low, weight.detach().bfloat16(), targets, (0.0, 0.0, "mean"))
@@ -139,16 +143,16 @@ def test_nothing_to_count():
 
 def test_wrong_arguments():
     hidden, weight, targets = case(7, (4,), 5, 9)
-    with pytest.raises(ShapeError, match=r"weight: \[9, 4\] given for hidden \[4, 5\]; expected \[V, 5\]"):
+    with pytest.raises(ShapeError, match=r"weight has D=4 .* but hidden has D=5"):
         linear_cross_entropy(hidden, weight[:, :4], targets)
-    with pytest.raises(ShapeError, match=r"targets: \[3\] given"):
+    with pytest.raises(ShapeError, match=r"targets has \[3\] for .* but hidden has \[4\]"):
         linear_cross_entropy(hidden, weight, targets[:3])
     for wants_grad in (True, False):
         with torch.set_grad_enabled(wants_grad), pytest.raises(InputError, match=r"targets: 9 given in row 1"):
             linear_cross_entropy(hidden, weight, torch.tensor([0, 9, 1, 2]))
     with pytest.raises(UnsupportedError, match="create_graph given"):
         torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
-    with pytest.raises(UnsupportedError, match=r"hidden: torch\.float64 given"):
+    with pytest.raises(ShapeError, match=r"hidden is torch\.float64; expected one of torch\.float32"):
         vocab_parallel_cross_entropy(
             hidden.double(), weight.double(), targets, first_class=0, n_classes=9, reduce_max=lambda x: x,
             reduce_sum=lambda x: x)
