@@ -221,14 +221,17 @@ class Kernel:
         Raises:
             CompileError: it does not compile.
         """
+        return self._trace("cpu", args, kwargs)
+
+    def _trace(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Function:
         values = self._bind_types(args, kwargs)
         if self.is_method:
             variant, extra = self._variant_for(values)
-            return variant.trace([*values[1:], *extra])
+            return variant.trace([*values[1:], *extra], backend)
         pattern = tuple(p.name if v is None else (p.name, getattr(v, "ndim", len(p.dims)) - len(p.dims) + 1)
                         for p, v in zip(self.parameters, values)
                         if (p.optional and v is None) or (p.has_ellipsis and v is not None))
-        return self.variant(pattern).trace(values)
+        return self.variant(pattern).trace(values, backend)
 
     def _bind_types(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         given = {**dict(zip((p.name for p in self.parameters), args)), **kwargs}
@@ -256,7 +259,7 @@ class Kernel:
 
     def source(self, backend: str, *args: Any, **kwargs: Any) -> str:
         """What a backend ("interp", "cpu", "cuda") makes of one specialisation, as text."""
-        return backends.get(backend).compile(self.trace(*args, **kwargs)).source
+        return backends.get(backend).compile(self._trace(backend, args, kwargs)).source
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Compile to IR only.
@@ -298,17 +301,18 @@ class Variant:
         self._table = Table()
         self.launch = make_launcher(signature, self._table.runs, self._slow, self._empty)
 
-    def trace(self, values: Sequence[Any]) -> Function:
+    def trace(self, values: Sequence[Any], backend: str) -> Function:
         """The IR for arguments that are tensors, dtypes, numbers or constants."""
-        return self._trace(self._arguments(values), self.kernel.schedule)
+        return self._trace(self._arguments(values), backend, self.kernel.schedule)
 
     def _arguments(self, values: Sequence[Any]) -> list[Argument]:
         return [self._argument(p, v) for p, v in zip(self.signature.parameters, values)]
 
-    def _trace(self, arguments: Sequence[Argument], schedule: Mapping[str, Any]) -> Function:
+    def _trace(self, arguments: Sequence[Argument], backend: str, schedule: Mapping[str, Any]) -> Function:
+        blocks = backends.default_blocks(backend, [a.dtype for a in arguments if a.dtype is not None])
         function = frontend.trace(
             self.kernel.source_tree, self.kernel.name, arguments, self.signature.sizes, self.named,
-            schedule, self.kernel.retypes, self.instance)
+            schedule, blocks, self.kernel.retypes, self.instance)
         if "ir" in env.get("TESSERA_DUMP").split(","):
             print(function, file=sys.stderr)
         return function
@@ -340,8 +344,8 @@ class Variant:
         if backend == "auto":
             device = next(v for p, v in zip(self.signature.parameters, values) if p.kind == "tile").device
             backend = backends.for_device(device.type)
-        return Specialisation(self._trace(arguments, self.kernel.schedule), backend,
-                              functools.partial(self._trace, arguments), self.kernel.tuner)
+        return Specialisation(self._trace(arguments, backend, self.kernel.schedule), backend,
+                              functools.partial(self._trace, arguments, backend), self.kernel.tuner)
 
     def _empty(self, key: Any, args: Sequence[Any], sizes: Sequence[int]) -> None:
         """A launch in which a size is 0 has work to do only where an output has elements."""

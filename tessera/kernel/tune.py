@@ -4,7 +4,7 @@
     @ts.kernel
     def matmul(...): ...
 
-    ts.autotune.enable(cache_key=("arch", "dtype", "shape"))  # every kernel with a matmul and no schedule
+    ts.autotune.enable(cache_key=("arch", "dtype", "shape"))  # every kernel with a matmul and no blocks
 
 In: a `Specialisation` from the launch path. Out: a `Choice` that stands where the compiled kernel would. The first
 launch with a key compiles each schedule, times it on copies of what the kernel writes, and keeps the fastest in
@@ -258,7 +258,7 @@ class _Autotune:
         return apply
 
     def enable(self, cache_key: Sequence[str] = KEY_PARTS, budget: float = 5.0) -> None:
-        """Tune every kernel that has a matmul and no schedule or tuner of its own, from its next launch on.
+        """Tune every kernel that has a matmul and no block sizes or tuner of its own, from its next launch on.
 
         Args:
             cache_key: of "arch", "dtype", "shape": what a stored choice is told apart by. Without "shape" the first
@@ -277,7 +277,8 @@ class _Autotune:
         def tune(specialisation: Specialisation) -> Choice | None:
             function = specialisation.function
             tuner = tuners.get(specialisation.backend)
-            if tuner is None or function.schedule or not any(op.name == "mma" for op in ir.walk(function.body)):
+            fixed = any(name.isupper() for name in function.schedule)
+            if tuner is None or fixed or not any(op.name == "mma" for op in ir.walk(function.body)):
                 return None
             return tuner(specialisation)
 

@@ -7,11 +7,12 @@ A backend is a module with `compile(function) -> Compiled`. It is imported when 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tessera.errors import UnsupportedError
 from tessera.kernel.ir import Function
+from tessera.types import DType
 
 NAMES = ("interp", "cpu", "cuda")
 
@@ -47,6 +48,20 @@ def get(name: str) -> Backend:
     if not hasattr(module, "compile"):
         raise UnsupportedError(f"backend {name}: cannot compile in this version")
     return module
+
+
+def default_blocks(name: str, dtypes: Sequence[DType]) -> Mapping[str, int]:
+    """The sizes that `ctx.block_m`, `block_n` and `block_k` have without a schedule ("BM", "BN", "BK"), on a backend.
+
+    Args:
+        dtypes: of the kernel's tensors.
+    """
+    if name != "cuda":
+        return {"BM": 64, "BN": 64, "BK": 32}
+    # Registers hold the scores and the result of 128 queries where tensor cores add them up, of 64 where threads do.
+    if any(dtype.is_float and dtype.bits <= 16 for dtype in dtypes):
+        return {"BM": 128, "BN": 64, "BK": 64}
+    return {"BM": 64, "BN": 32, "BK": 32}
 
 
 def for_device(device: str) -> str:

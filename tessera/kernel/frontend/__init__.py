@@ -37,12 +37,14 @@ class Argument:
 
 
 def trace(source: Source, name: str, arguments: Sequence[Argument], sizes: Sequence[str], named: Mapping[str, Dim],
-          schedule: Mapping[str, Any], retypes: Mapping[DType, DType], self_object: Any = None) -> Function:
+          schedule: Mapping[str, Any], blocks: Mapping[str, int], retypes: Mapping[DType, DType],
+          self_object: Any = None) -> Function:
     """Trace a kernel's body into IR.
 
     Args:
         sizes: the named sizes that a launch binds.
         named: what `tile.context()` can ask for.
+        blocks: the block sizes that the schedule leaves open.
 
     Raises:
         CompileError: with file, line and caret.
@@ -62,7 +64,7 @@ def trace(source: Source, name: str, arguments: Sequence[Argument], sizes: Seque
         (tensors if "." in argument.name else env)[argument.name] = value
     if self_object is not None:
         env["self"] = SelfObject(self_object, "self", tensors)
-    Tracer(function, retypes).trace(source, env, Context(named, schedule))
+    Tracer(function, retypes).trace(source, env, Context(named, schedule, blocks))
     _mark_outputs(function)
     verify(function)
     return function

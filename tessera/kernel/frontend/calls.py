@@ -141,7 +141,7 @@ class Calls(Expressions):
         """A kernel called in a kernel: its sizes are those of the tiles that it is given."""
         bound = _bind(kernel.function, args, kwargs, kernel.name)
         dims = kernel.signature.match(bound)
-        context = Context(dims, self.frame.context._schedule)
+        context = self.frame.context.inner(dims)
         context.grids = self.frame.context.grids
         return self._inline(kernel.function, [], bound, node, context)
 

@@ -15,7 +15,6 @@ from tessera.kernel.ir import Location, Value
 from tessera.kernel.lang.core import builtin, int_of
 from tessera.kernel.lang.elementwise import plain
 
-DEFAULT_BLOCKS = {"BM": 64, "BN": 64, "BK": 32}
 _BLOCK_NAMES = {"block_m": "BM", "block_n": "BN", "block_k": "BK"}
 
 
@@ -66,10 +65,14 @@ class Frame:
 class Context:
     """`tile.context()`: sizes by name, the block sizes of the schedule, the enclosing grid."""
 
-    def __init__(self, dims: Mapping[str, Dim], schedule: Mapping[str, Any]) -> None:
+    def __init__(self, dims: Mapping[str, Dim], schedule: Mapping[str, Any], blocks: Mapping[str, int]) -> None:
         self._dims = {attribute_name(name): dim for name, dim in dims.items()}
-        self._schedule = schedule
+        self._schedule, self._blocks = schedule, blocks
         self.grids: list[tuple[list[Value], list[Any]]] = []
+
+    def inner(self, dims: Mapping[str, Dim]) -> Context:
+        """The context of a kernel that is inlined."""
+        return Context(dims, self._schedule, self._blocks)
 
     def get(self, name: str) -> Any:
         """The value of `ctx.name`.
@@ -81,7 +84,7 @@ class Context:
             return plain(self._dims[name])
         if name in _BLOCK_NAMES:
             key = _BLOCK_NAMES[name]
-            return int(self._schedule.get(key, DEFAULT_BLOCKS[key]))
+            return int(self._schedule.get(key, self._blocks[key]))
         if name in self._schedule:
             return self._schedule[name]
         if name in ("program_id", "num_programs"):

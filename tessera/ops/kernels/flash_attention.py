@@ -7,11 +7,13 @@ from typing import Optional
 
 from tessera import kernel
 from tessera.kernel import lang as tile
+from tessera.kernel.schedule import schedule
 from tessera.types import Tile, f32
 
 _LOG2_E = math.log2(math.e)
 
 
+@schedule(mixed_dot="bf16")
 @kernel
 def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"], v: Tile["B", "H_kv", "T", "D"],
                            out: Tile["B", "H", "S", "D"], scale: float, causal: bool = False,
@@ -30,6 +32,8 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
         lse: [B, H, S] f32, written: the logarithm of the sum that each row was divided by; -inf where it is zero.
         window: with causal: a query sees itself and the window - 1 keys before it; >= 1.
         sinks: [H], a logit a head that takes its share of the softmax and has no value.
+
+    On CUDA the weights are rounded to bf16 where the values are bf16.
     """
     ctx = tile.context()
     rows, columns = ctx.block_m, ctx.block_n

@@ -136,3 +136,13 @@ def test_flash_attention_on_the_gpu_and_in_a_graph(length, causal):
     out.zero_()
     graph.replay()
     assert torch.equal(out, first)
+
+
+def test_attention_takes_blocks_that_fit_the_tensor_cores():
+    """128 queries at a time in 16 bits, one tl.dot each for scores and values, eight warps."""
+    from tessera.ops.kernels import flash_attention_kernel
+
+    source = flash_attention_kernel.source("cuda", q=bf16, k=bf16, v=bf16, out=bf16, causal=True)
+    assert source.count("tl.dot(") == 2 and "tl.full((128,)" in source
+    function = flash_attention_kernel.trace(q=bf16, k=bf16, v=bf16, out=bf16, causal=True)
+    assert function.schedule["mixed_dot"] == "bf16"

@@ -118,7 +118,7 @@ def _warps(emitter: Emitter) -> int:
     if "warps" in emitter.function.schedule:
         return int(emitter.function.schedule["warps"])
     if emitter.dot_elements:
-        return 8 if emitter.dot_elements >= 16384 else 4
+        return 8 if max(emitter.dot_elements, emitter.largest) >= 16384 else 4
     return 4 if emitter.largest <= 2048 else 8 if emitter.largest <= 8192 else 16
 
 
