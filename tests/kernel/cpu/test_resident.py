@@ -103,7 +103,7 @@ def test_the_inner_loops_have_no_spills(name, most, dtype):
     module, _ = lower(prepare(function, lambda function, dims: []), host)
     text = jit.compile_to_asm(module.text(), host)
     suffix = str(dtype).removeprefix("torch.").replace("float32", "f32").replace("bfloat16", "bf16")
-    for rows in (1, 2, 3, 4, most):
+    for rows in (1, 2, most) if dtype == torch.float32 else (1, 2):
         code = text.split(f"product_{rows}_{suffix}:")[1].split("func_end")[0]
         loops = re.findall(r"^(\.LBB\w+):\n((?:\t.*\n)*?)\tj\w+\t\1\n", code, re.MULTILINE)
         body = max((body for _, body in loops), key=len)

@@ -237,8 +237,7 @@ def load(ctx: Context, memory: Memory, point: Point) -> Val:
         raw = b.load(address, wide) if point.mask is None else \
             load_first(b, address, wide, point.mask, by_words=not ctx.target.has_avx512)
     else:
-        pointers = _lane_pointers(ctx, memory, point)
-        raw = b.gather(pointers, emit.vec(point.lanes, ty), _mask(ctx, point))
+        raw = b.gather(_lane_pointers(ctx, memory, point), emit.vec(point.lanes, ty), _all(point.lanes))
     return from_storage(b, raw, dtype)
 
 
@@ -251,7 +250,9 @@ def store(ctx: Context, memory: Memory, point: Point, x: Val) -> None:
     x = x if emit.lanes(x.ty) else b.splat(x, point.lanes)
     raw = to_storage(b, x, memory.dtype)
     if memory.strides[axis].const != 1:
-        b.scatter(raw, _lane_pointers(ctx, memory, point), _mask(ctx, point))
+        if point.mask is not None:
+            raw = b.select(point.mask, raw, b.splat(b.extract(raw, 0), point.lanes))
+        b.scatter(raw, _lane_pointers(ctx, memory, point), _all(point.lanes))
     elif point.mask is None:
         b.store(raw, memory.address(b, point.indices))
     else:
@@ -259,10 +260,12 @@ def store(ctx: Context, memory: Memory, point: Point, x: Val) -> None:
 
 
 def _lane_pointers(ctx: Context, memory: Memory, point: Point) -> Val:
+    """The address of each lane; the first one's for lanes that the mask leaves out. (With masks, processors without
+    instructions for gathers and scatters would branch on each lane.)"""
     b, axis = ctx.b, point.axis
     assert axis is not None
-    start = memory.address(b, point.indices)
-    offsets = b.mul(b.iota(point.lanes), memory.strides[axis])
+    start, lanes = memory.address(b, point.indices), b.iota(point.lanes)
+    offsets = b.mul(lanes if point.mask is None else b.select(point.mask, lanes, 0), memory.strides[axis])
     return b.gep(start, offsets, storage_type(memory.dtype))
 
 
@@ -289,7 +292,11 @@ def _load_int4(ctx: Context, memory: Memory, point: Point) -> Val:
 
 
 def _mask(ctx: Context, point: Point) -> Val:
-    return point.mask if point.mask is not None else emit.const(1, emit.vec(point.lanes, I1))
+    return point.mask if point.mask is not None else _all(point.lanes)
+
+
+def _all(lanes: int) -> Val:
+    return emit.const(1, emit.vec(lanes, I1))
 
 
 def _gather(ctx: Context, op: Op, point: Point) -> Val:

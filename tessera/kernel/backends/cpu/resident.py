@@ -120,14 +120,18 @@ class _Shape:
         return PANEL_FLOATS // self.width
 
     @property
-    def sizes(self) -> list[int]:
-        """Rows there are kernels for, the most first; each other number is a sum of different ones of them."""
-        most = mma.tiling(self.target).mr
-        return [most, *(size for size in (8, 4, 3, 2, 1) if size < most)]
+    def most(self) -> int:
+        """Rows of the kernel that fills the registers with two vectors of each."""
+        return mma.tiling(self.target).mr
 
-    def vectors(self, rows: int) -> int:
-        """Vectors of a row that are summed at once: all of the panel's where few rows leave registers free."""
-        return VECTORS if rows * VECTORS <= self.target.vector_registers // 2 else VECTORS // 2
+    @property
+    def small(self) -> list[int]:
+        """Rows of the kernels that sum all vectors of a panel at once, the most first."""
+        return [rows for rows in (4, 2, 1) if rows * VECTORS <= self.target.vector_registers // 2]
+
+    def sizes(self, dtype: DType) -> list[int]:
+        """The kernels that read W in this dtype, the one of most rows first."""
+        return [self.most, *self.small] if dtype == f32 else self.small
 
 
 _PARAMS = [("a", "ptr noalias readonly"), ("a_row", I64), ("a_k", I64),
@@ -143,7 +147,7 @@ class _Product:
         self.b, self.shape, self.layout = function.builder, shape, layout
         (self.a, self.a_row, self.a_k, self.w, self.w_k, self.w_lane, self.w_panel, self.c, self.ldc, self.keep,
          self.m, self.n, self.k, self.scratch) = function.args
-        self.tile = self.b.alloca(F32, shape.sizes[0] * shape.width)  # of C, for columns that do not fill a panel
+        self.tile = self.b.alloca(F32, shape.most * shape.width)  # of C, for columns that do not fill a panel
 
     def emit(self) -> None:
         b, shape = self.b, self.shape
@@ -173,7 +177,7 @@ class _Product:
             self._pack(w, steps, columns)
             self._rows(f32, a, self.scratch, const(self.shape.width, I64), c, rows, steps, columns, keep)
         else:
-            few = b.cmp("le", rows, self.shape.sizes[0])
+            few = b.cmp("le", rows, self.shape.most if layout.dtype == f32 else 2 * self.shape.small[0])
             if layout.dtype == f32:
                 few = b.or_(few, b.cmp("le", self.w_k, MOST_STRIDE))
             with b.if_(b.and_(few, b.cmp("eq", columns, self.shape.width)), likely=True) as branch:
@@ -238,7 +242,7 @@ class _Product:
     def _rows(self, dtype: DType, a: Val, w: Val, w_k: Val, c: Val, rows: Val, steps: Val, columns: Val | None,
               keep: Val) -> None:
         """C[rows, columns] (+)= A @ a panel; `columns` None: all of a panel's."""
-        b, most, width = self.b, self.shape.sizes[0], self.shape.width
+        b, most, width = self.b, self.shape.most, self.shape.width
         ladder = _ladder(b, self.shape, dtype)
         with b.for_(0, rows, most) as row:
             high = b.min(b.sub(rows, row.i), most)
@@ -279,23 +283,21 @@ def _emit_ladder(function: Function, shape: _Shape, dtype: DType) -> None:
     b = function.builder
     a, a_row, a_k, w, w_k, c, ldc, k, keep, rows = function.args
     done: Val = ZERO
-    for size in shape.sizes:
-        with b.if_(b.cmp("ge", b.sub(rows, done), size)) as branch:
-            kernel = b.module.helper(
-                f"product_{size}_{dtype.name}", VOID, _TILE_PARAMS,
-                lambda f, size=size: _emit_kernel(f, shape, dtype, size), inline=False)
-            b.call(kernel, b.gep(a, b.mul(done, a_row), F32), a_row, a_k, w, w_k, b.gep(c, b.mul(done, ldc), F32), ldc,
-                   k, keep)
-            branch.give([b.add(done, size)])
-        with branch.else_():
-            branch.give([done])
-        done = branch.results[0]
+    for size in shape.sizes(dtype):
+        kernel = b.module.helper(
+            f"product_{size}_{dtype.name}", VOID, _TILE_PARAMS,
+            lambda f, size=size: _emit_kernel(f, shape, dtype, size), inline=False)
+        last = b.sub(rows, b.urem(b.sub(rows, done), size)) if size > 1 else rows
+        with b.for_(done, last, size) as row:
+            x, out = b.gep(a, b.mul(row.i, a_row), F32), b.gep(c, b.mul(row.i, ldc), F32)
+            b.call(kernel, x, a_row, a_k, w, w_k, out, ldc, k, keep)
+        done = last
     b.ret()
 
 
 def _emit_kernel(function: Function, shape: _Shape, dtype: DType, rows: int) -> None:
     """C[rows, width] (+)= A[rows, k] @ one panel of W, as many of its vectors at once as there are registers for."""
-    b, lanes, vectors = function.builder, shape.lanes, shape.vectors(rows)
+    b, lanes, vectors = function.builder, shape.lanes, VECTORS if rows in shape.small else VECTORS // 2
     a, a_row, a_k, w, w_k, c, ldc, k, keep = function.args
     ty, storage = vec(lanes, F32), storage_type(dtype)
     a_rows = [b.gep(a, b.mul(a_row, row), F32) for row in range(rows)]
