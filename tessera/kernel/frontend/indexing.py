@@ -110,7 +110,52 @@ def write(base: Value, items: Sequence[Any], x: Any) -> Value:
                             value, base)
     if all(entry[0] == "all" for entry in index.spec):
         return builder().cast(value, base.type.dtype)
+    written = [axis for axis, entry in enumerate(index.spec) if entry[0] != "all"]
+    kept = [axis for axis, entry in enumerate(index.spec) if entry[0] != "at"]
+    fits = all(value.type.valid[i] == base.type.valid[axis] for i, axis in enumerate(kept) if axis not in written)
+    # Where two axes may end early, a tile between would have a size that no block bounds.
+    open_ended = [axis for axis in written if index.spec[axis][0] == "range" and (
+        index.spec[axis][3] is not None or value.type.valid[kept.index(axis)] is not None)]
+    if fits and len(open_ended) <= 1 and all(base.type.valid[axis] is None for axis in written):
+        for axis in (axis for axis in written if axis not in kept):
+            value = builder().expand_dims(value, axis)
+        order = sorted(written, key=lambda axis: axis in open_ended)
+        return _write_slice(base, index, builder().cast(value, base.type.dtype), order)
     return _write_elements(base, index, value)
+
+
+def _write_slice(base: Value, index: Index, value: Value, axes: Sequence[int]) -> Value:
+    """What lies before the slice along the first of the axes, the slice written along the others, what lies behind.
+
+    `value` has every axis of `base`.
+    """
+    make = builder()
+    if not axes:
+        return value
+    axis, entry = axes[0], index.spec[axes[0]]
+    start = index.starts[entry[1] - 1]
+    assert start.expr is not None
+    if entry[0] == "at":
+        count = Dim.of(1)
+    else:
+        valid = value.type.valid[axis]
+        count = entry[2] if entry[3] is None else entry[3]
+        count = count if valid is None else count.minimum(valid)
+        if valid is not None or count != entry[2]:
+            value = _part(value, axis, make.const(0), count)
+    behind = start.expr + count
+    pieces = [
+        _part(base, axis, make.const(0), start.expr),
+        _write_slice(_part(base, axis, start, count), index, value, axes[1:]),
+        _part(base, axis, make.size(behind), base.type.shape[axis] - behind)]
+    sizes = (start.expr, count, base.type.shape[axis] - behind)
+    return make.concat([piece for piece, size in zip(pieces, sizes) if size.const != 0], axis)
+
+
+def _part(x: Value, axis: int, start: Value, extent: Dim) -> Value:
+    spec: list[tuple[Any, ...]] = [("all",)] * x.type.rank
+    spec[axis] = ("range", 1, extent, None)
+    return builder().slice(x, spec, [start])
 
 
 def _write_elements(base: Value, index: Index, value: Value) -> Value:
