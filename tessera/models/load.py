@@ -96,6 +96,7 @@ def _full_name(name: str, family: str) -> str:
 def load_model(
     path: str | os.PathLike[str], dtype: str = "f32", device: str | torch.device = "cpu",
     progress: Progress | None = None, *, mesh: Mesh | None = None, keep_quantized: bool = False,
+    activations: str | None = None,
 ) -> GPTModel:
     """Load a model of the Llama, Mistral, Qwen2, Qwen3 or GPT-2 family.
 
@@ -109,6 +110,8 @@ def load_model(
         keep_quantized: matrices that a GGUF file holds as Q8_0, Q4_0 or Q4_1 stay so in memory and are dequantized
             in registers, in f32, as they are used: the values are the same, decoding reads a fraction of the bytes,
             and they cannot be trained. Other matrices are dequantized to `dtype`, as all are without it.
+        activations: "int8" rounds what is multiplied with matrices that stay quantized to 8 bits as well, by groups of
+            32: faster, but no longer the numbers of the dequantized model (see ops.block_linear for the bound).
 
     Returns:
         The model in eval mode; `.config` describes it.
@@ -117,11 +120,14 @@ def load_model(
         NotFoundError: the path, config.json or a shard is missing.
         UnsupportedFileError: an architecture, a storage type or a configuration that is not implemented.
         FileFormatError: a file is damaged, or its tensors do not fit its configuration.
-        InputError: dtype is not one of the above, or the mesh does not fit the model.
+        InputError: dtype or activations is not one of the above, activations are given without keep_quantized, or
+            the mesh does not fit the model.
         UnsupportedError: keep_quantized with a mesh of several ranks.
     """
     if keep_quantized and mesh is not None and mesh.size() > 1:
         raise UnsupportedError(f"keep_quantized: given with a mesh of {mesh.size()} ranks; blocks are not cut")
+    if activations not in (None, "int8") or (activations and not keep_quantized):
+        raise InputError(f"activations: {activations!r} given; expected 'int8', with keep_quantized, or None")
     if dtype != "auto" and dtype_of(dtype).name not in _DTYPES:
         raise InputError(f"dtype: {dtype!r} given; expected auto, {', '.join(_DTYPES)}")
     checkpoint = _open(Path(path))
@@ -134,7 +140,7 @@ def load_model(
             model = GPTModel(config, mesh)
         sources = _match(model, checkpoint, path)
         if keep_quantized:
-            _keep_blocks(model, checkpoint, sources, torch.device(device))
+            _keep_blocks(model, checkpoint, sources, torch.device(device), activations)
         _fill(model, checkpoint, sources, torch.device(device), progress)
     finally:
         checkpoint.close()
@@ -195,7 +201,8 @@ def _few(what: str, names: list[str]) -> str:
     return f"{len(names)} {what}: {', '.join(names[:3])}{more}" if names else ""
 
 
-def _keep_blocks(model: GPTModel, checkpoint: Checkpoint, sources: dict[str, Source], device: torch.device) -> None:
+def _keep_blocks(model: GPTModel, checkpoint: Checkpoint, sources: dict[str, Source], device: torch.device,
+                 activations: str | None) -> None:
     """Put block modules in the place of Linear and Embedding whose tensors can be used as they are stored; their
     entries leave `sources`."""
     for name, module in list(model.named_modules()):
@@ -208,8 +215,10 @@ def _keep_blocks(model: GPTModel, checkpoint: Checkpoint, sources: dict[str, Sou
         blocks, kind = source.extract(found[0]).to(device), found[1]
         del sources[f"{name}.weight"]
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        setattr(parent, leaf, BlockEmbedding(blocks, kind, module.out_dtype) if isinstance(module, Embedding)
-                else BlockLinear(blocks, kind, module.bias, module.blocks))
+        made = BlockEmbedding(blocks, kind, module.out_dtype) if isinstance(module, Embedding) else \
+            BlockLinear(blocks, kind, module.bias, module.blocks)
+        made.activations = activations
+        setattr(parent, leaf, made)
 
 
 def _fill(

@@ -1,7 +1,8 @@
 """Linear and Embedding whose weights stay in the blocks of a GGUF file (Q8_0, Q4_0, Q4_1).
 
 In: activations or ids. Out: activations, computed with the weight that the blocks stand for, which is dequantized in
-registers. models.load puts them in the place of Linear and Embedding.
+registers. models.load puts them in the place of Linear and Embedding. `activations` "int8" rounds what is multiplied
+with them, too (ops.block_linear).
 
 Dims: O, I the weight's rows and columns.
 """
@@ -21,8 +22,12 @@ class BlockWeight(nn.Module):
     Args:
         blocks: uint8 [O, bytes of a row], as they lie in the file.
         kind: Q8_0, Q4_0 or Q4_1.
+
+    Attributes:
+        activations: "int8", or None for activations as they are.
     """
 
+    activations: str | None = None
     quants: Tensor
     scale: Tensor
     minimum: Tensor | None
@@ -69,7 +74,7 @@ class BlockLinear(BlockWeight):
         return self.quants.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return block_linear(x, self.quants, self.scale, self.minimum, self.bias, self.blocks)
+        return block_linear(x, self.quants, self.scale, self.minimum, self.bias, self.blocks, self.activations)
 
 
 class BlockEmbedding(BlockWeight):
@@ -84,4 +89,4 @@ class BlockEmbedding(BlockWeight):
 
     def project(self, x: Tensor) -> Tensor:
         """x @ table^T, [..., O]."""
-        return block_linear(x, self.quants, self.scale, self.minimum)
+        return block_linear(x, self.quants, self.scale, self.minimum, activations=self.activations)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tessera import ops
+from tessera.errors import InputError
 from tessera.kernel.recording import record
 from tessera.ops.block_linear import block_embedding, block_linear, dequantize_blocks
 from tessera.ops.kernels.quantized import from_blocks
@@ -82,3 +83,55 @@ def test_the_reference_and_a_recording():
         block_embedding(torch.tensor([3]), *parts, torch.float32)
     assert [launch.specialisation.name for launch in recorded.launches] == [
         "int4_linear_kernel", "int4_embedding_kernel"]
+
+
+def rounding_bound(x, weight):
+    """What rounding x to 8 bits by groups may change, with the f32 sums: see block_linear."""
+    largest = x.double().abs().unflatten(-1, (-1, 32)).amax(-1)
+    sums = weight.double().abs().unflatten(-1, (-1, 32)).sum(-1)
+    rounding = x.shape[-1] * 2.0**-23 * (x.double().abs() @ weight.double().abs().t())
+    return 1.001 * (largest / 254) @ sums.t() + rounding
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows,columns,depth", [(1, 9, 32), (3, 33, 288), (8, 70, 96), (21, 40, 160)])
+def test_int8_activations_stay_within_their_bound(kind, rows, columns, depth):
+    parts, weight = weight_of(kind, columns, depth, rows)
+    x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(rows)) * torch.logspace(-3, 3, depth)
+    x[0, :32] = 0
+    bias = torch.randn(columns, generator=torch.Generator().manual_seed(1))
+    actual = block_linear(x, *parts, bias, activations="int8").double()
+    expected = x.double() @ weight.double().t() + bias.double()
+    bound = rounding_bound(x, weight) + 2.0**-23 * expected.abs()
+    assert ((actual - expected).abs() <= bound).all()
+    with ops.implementation("reference"):
+        reference = block_linear(x, *parts, bias, activations="int8").double()
+    assert ((actual - reference).abs() <= 0.01 * bound + 1e-5 * expected.abs().max()).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_activations_give_a_row_the_same_bits_in_every_batch(kind):
+    parts, _ = weight_of(kind, 70, 160, 5)
+    x = torch.randn(40, 160, generator=torch.Generator().manual_seed(6))
+    whole = block_linear(x, *parts, activations="int8")
+    for rows in (1, 2, 5, 8, 9, 16, 17):
+        assert torch.equal(block_linear(x[:rows], *parts, activations="int8"), whole[:rows])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(block_linear(x, *parts, activations="int8"), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradient_through_rounded_activations():
+    parts, weight = weight_of("Q4_0", 20, 32, 7)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(8), requires_grad=True)
+    block_linear(x, *parts, activations="int8").sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 32), rtol=1e-5, atol=1e-5)
+
+
+def test_other_activations_are_refused():
+    parts, _ = weight_of("Q4_0", 20, 32, 7)
+    with pytest.raises(InputError, match="activations: 'int4' given; expected 'int8' or None"):
+        block_linear(torch.ones(1, 32), *parts, activations="int4")
