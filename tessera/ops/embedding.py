@@ -199,9 +199,15 @@ def _kernel(table_VD: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _backward_kernel(grad: Tensor, ids: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
-    width = grad.shape[-1]
+    width, ids_N = grad.shape[-1], ids.reshape(-1)
+    if dtype.itemsize == 2 and grad.is_cpu and 2 * len(ids_N) <= n_rows and not is_recording():
+        # f32 sums of the rows that were looked up alone: the whole table's would be most of the work.
+        rows_U, places_N = ids_N.unique(return_inverse=True)
+        sums_UD = torch.zeros(len(rows_U), width)
+        embedding_backward_kernel(grad.reshape(-1, width), places_N, sums_UD)
+        return torch.zeros(n_rows, width, dtype=dtype).index_copy_(0, rows_U.long(), sums_UD.to(dtype))
     grad_table_VD = torch.zeros(n_rows, width, device=grad.device)
-    embedding_backward_kernel(grad.reshape(-1, width), ids.reshape(-1), grad_table_VD)
+    embedding_backward_kernel(grad.reshape(-1, width), ids_N, grad_table_VD)
     return grad_table_VD.to(dtype)
 
 

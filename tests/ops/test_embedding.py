@@ -44,6 +44,15 @@ def test_the_gradient_is_summed_in_order():
         torch.set_num_threads(before)
 
 
+def test_the_gradient_of_few_rows_of_a_large_table():
+    """In 16 bits the sums of the rows that were looked up are f32 too, and rounded once."""
+    ids, table = random_ids(1, 90, 40), normal(2, 90, 33, dtype=torch.bfloat16)
+    grad = normal(3, 40, 33, dtype=torch.bfloat16).detach()
+    expected = torch.zeros(90, 33).index_add(0, ids, grad.float())
+    actual, = torch.autograd.grad(ops.embedding(ids.int(), table), table, grad)
+    assert torch.equal(actual, expected.bfloat16())
+
+
 def test_registration_and_compilation():
     ids, table = random_ids(1, 9, 2, 5), normal(2, 9, 8)
     library = torch.ops.tessera
