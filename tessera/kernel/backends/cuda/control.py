@@ -354,13 +354,16 @@ def _if(emitter: Emitter, op: ir.Op) -> None:
 
 
 def _nested_grid(emitter: Emitter, op: ir.Op, position: int) -> None:
-    """A grid that is not the launch's: its iterations one after the other."""
+    """A grid that is not the launch's: its iterations one after the other, or those that fall to this program."""
     body = op.regions[0]
     if position == len(op.operands):
         block(emitter, body)
         return
     name = emitter.scopes.name(body.args[position].hint or "i")
-    with emitter.scopes.inside(f"for {name} in range(0, {emitter.scalar(op.operands[position]).text}):", op.loc):
+    count, bounds = emitter.scalar(op.operands[position]).text, "0, {}"
+    if op is emitter.open_grid and position == 0:
+        bounds = "tl.program_id(0), {}, tl.num_programs(0)"
+    with emitter.scopes.inside(f"for {name} in range({bounds.format(count)}):", op.loc):
         _enter(emitter, [body.args[position]], [_counter(emitter, name)])
         _nested_grid(emitter, op, position + 1)
 

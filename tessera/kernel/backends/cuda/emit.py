@@ -56,6 +56,7 @@ class Emitter:
         self.asked: dict[Dim, int] = {}  # the bounds that the text depends on
         self.largest = 1  # elements of the largest tensor, for the choice of warps
         self.dot_elements = 0  # accumulators of all tl.dots; twice where they run without tensor cores
+        self.open_grid: ir.Op | None = None  # whose iterations the programs share out among themselves
         self.block_depth: dict[int, int] = {}
         self.pinned: dict[ir.Value, Val] = {}
         self.written: set[ir.Value] = set()  # parameters that the text has stored to

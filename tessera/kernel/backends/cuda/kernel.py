@@ -149,6 +149,9 @@ def _programs(emitter: Emitter, segment: plan.Segment) -> _Programs:
             sizes.append((count.expr, 1))
             names.append(emitter.scopes.name(arg.hint or "i"))
             emitter.pin(arg, Val(names[-1]))
+    if segment.is_open:
+        emitter.open_grid = segment.effects[0]
+        return _Programs([(Dim.of(plan.OPEN_PROGRAMS), 1)], [], {})
     blocks = plan.program_blocks(emitter, segment)
     given: list[Index | None] = []
     if any(blocks):

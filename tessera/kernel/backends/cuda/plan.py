@@ -21,23 +21,30 @@ from tessera.kernel.dims import Dim
 WRITES = ("store", "atomic_add", "scatter")
 ELEMENTS = 1024  # of an elementwise program
 ROW_ELEMENTS = 2048  # of a program that reduces rows
+OPEN_PROGRAMS = 1056  # for a grid of unknown size: 8 for each multiprocessor of an H200
 FEW_ROWS = 16  # up to here a product is limited by reading its other side
 
 
 @dataclass
 class Segment:
-    """One launch: the grids that give its programs, the block that holds its effects, and those effects."""
+    """One launch: the grids that give its programs, the block that holds its effects, and those effects.
+
+    is_open: its effect is a grid whose size only the running kernel knows; a fixed number of programs share it.
+    """
 
     grids: list[ir.Op]
     body: ir.Block
     effects: list[ir.Op]
+    is_open: bool = False
 
 
 def segments(function: ir.Function) -> list[Segment]:
     """The launches of a function, in order."""
     found: list[Segment] = []
     for op in function.body.ops:
-        if op.name == "grid":
+        if op.name == "grid" and not all(launch_dim(count, _known_names(function)) for count in op.operands):
+            found.append(Segment([], function.body, [op], is_open=True))
+        elif op.name == "grid":
             found.append(_flattened(op, _known_names(function)))
         elif op.name in WRITES or op.name in ("print", "assert") or (op.name in ir.CONTROL and has_effects(op)):
             last = found[-1] if found else None
@@ -65,10 +72,6 @@ def launch_dim(count: ir.Value, known: set[str]) -> bool:
 
 def _flattened(grid: ir.Op, known: set[str]) -> Segment:
     """A grid together with grids that are all that it holds."""
-    for count in grid.operands:
-        if not launch_dim(count, known):
-            raise UnsupportedError(
-                f"{grid.loc or 'grid'}: cuda: the size of a launch grid must follow from sizes and int arguments")
     grids, body = [grid], grid.regions[0]
     while True:
         effects = [op for op in body.ops if op.name in ir.EFFECTS or (op.name in ir.CONTROL and has_effects(op))]
