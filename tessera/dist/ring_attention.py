@@ -16,21 +16,24 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tessera.dist.collectives import _watching, all_gather, fan_out
 from tessera.dist.mesh import Mesh, resolve
 from tessera.errors import InputError, ShapeError, UnsupportedError
-from tessera.ops.attention_scores import Scores, check_attention
+from tessera.function.decorator import function
+from tessera.ops.attention_scores import Scores, check_scores
 from tessera.ops.flash_attention import flash_attention_backward_op, flash_attention_op
 from tessera.ops.invariant import is_invariant
+from tessera.types import Tensor, one_float
 
 
+@function
 def ring_attention(
-    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mesh: Mesh | None = None, *, axis: str | None = None,
+    q_BHSD: Tensor["B", "G*K", "S", "D", one_float], k_BKSD: Tensor["B", "K", "S", "D", one_float],
+    v_BKSD: Tensor["B", "K", "S", "D", one_float], mesh: Mesh | None = None, *, axis: str | None = None,
     is_causal: bool = False, scale: float | None = None, is_sharded: bool = False,
-) -> Tensor:
+) -> Tensor["B", "G*K", "S", "D", one_float]:
     """softmax(scale * q k^T) v with the sequence spread over an axis (arXiv:2310.01889, zig-zag as arXiv:2311.09431).
 
     Args:
@@ -55,9 +58,7 @@ def ring_attention(
     if is_invariant():
         raise UnsupportedError("ring_attention: its sums depend on the ranks; the deterministic mode has none")
     scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal)
-    check_attention(q_BHSD, k_BKSD, v_BKSD, scores)
-    if q_BHSD.shape[2] != k_BKSD.shape[2]:
-        raise ShapeError(f"q, k: {q_BHSD.shape[2]} queries and {k_BKSD.shape[2]} keys given; expected as many of each")
+    check_scores(scores, k_BKSD.shape[1])
     if is_sharded:
         half, is_odd = divmod(q_BHSD.shape[2], 2)
         if is_odd:

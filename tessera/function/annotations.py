@@ -31,7 +31,7 @@ _MENTIONS_TENSOR = re.compile(r"\bTensor\s*\[")
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor. `dims` is None where only "a tensor" is asked for; `ellipsis` is the place of "..." among them, and
-    `broadcast` are the places of the dims that may also be 1, such as "#B"."""
+    `broadcast` are the places of the dims that may also be 1, such as "#B", and -1 for "#..."."""
 
     annotation: TensorType | None = None
     dims: tuple[Dim, ...] | None = None
@@ -263,16 +263,18 @@ class _Reader:
         if isinstance(annotation, TileType):
             raise self._error(name, "Tile[...] describes a kernel's parameter; expected Tensor[...]")
         assert isinstance(annotation, TensorType)
-        if annotation.dims.count("...") > 1:
+        places = [i for i, d in enumerate(annotation.dims) if d in ("...", "#...")]
+        if len(places) > 1:
             raise self._error(name, f'{list(annotation.dims)}: "..." can stand once')
-        written = [d for d in annotation.dims if d != "..."]
-        broadcast = frozenset(i for i, d in enumerate(written) if isinstance(d, str) and d.startswith("#"))
+        written = [d for i, d in enumerate(annotation.dims) if i not in places]
+        loose = {i for i, d in enumerate(written) if isinstance(d, str) and d.startswith("#")}
         try:
-            dims = tuple(Dim.of(d[1:] if i in broadcast else d) for i, d in enumerate(written))  # type: ignore[index]
+            dims = tuple(Dim.of(d.removeprefix("#") if isinstance(d, str) else d) for d in written)
         except InputError as error:
             raise self._error(name, str(error)) from None
-        ellipsis = annotation.dims.index("...") if "..." in annotation.dims else None
-        return TensorSpec(annotation, dims, ellipsis, broadcast)
+        if places and annotation.dims[places[0]] == "#...":
+            loose.add(-1)
+        return TensorSpec(annotation, dims, places[0] if places else None, frozenset(loose))
 
     def _error(self, name: str, problem: str) -> InputError:
         what = "the result's annotation" if name == "return" else f"the annotation of {name!r}"

@@ -317,6 +317,10 @@ def _of_failure(name: str, body: types.FunctionType, failure: Failure, file: str
         why = "what follows depends on the numbers in a tensor" if needs_data else _text(error)
         return _at_innermost(error, file, body.__code__.co_firstlineno, f"{name}: not checked from here: {why}",
                              is_error=False)
+    if failure.is_refusal(file):
+        return _at_innermost(error, file, body.__code__.co_firstlineno,
+                             f"{name}: not checked from here: {sizes.translate(text)}",
+                             is_error=False)
     if isinstance(error, CompileError):
         return _of_compile_error(error, file, body.__code__.co_firstlineno)
     if not isinstance(error, TesseraError):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tessera.function.annotations import Parameter, Signature, TensorSpec, TupleSpec, UnionSpec, tensor_specs
-from tessera.function.match import GENERATED, match
+from tessera.function.match import GENERATED, broadcasts, match
 from tessera.kernel.binder import code
 from tessera.kernel.dims import split_fraction
 from tessera.kernel.signature import Step, solve
@@ -35,7 +35,7 @@ def make_checked(signature: Signature, call: Callable[..., Any]) -> Callable[...
     Args:
         call: what runs when the arguments fit; it takes them as the signature says.
     """
-    space: dict[str, Any] = {"_ts_call": call, "_ts_Tensor": torch.Tensor}
+    space: dict[str, Any] = {"_ts_call": call, "_ts_Tensor": torch.Tensor, "_ts_broadcasts": broadcasts}
     names = _arguments(signature.parameters)
     header = _header(signature.parameters, space)
     values = "{" + ", ".join(f"{p.name!r}: {p.name}" for p in signature.parameters) + "}"
@@ -93,6 +93,9 @@ class _Writer:
     def __init__(self, signature: Signature, space: dict[str, Any]) -> None:
         self.signature, self.space = signature, space
         self.counter = itertools.count()
+        specs = [s for p in signature.parameters for s in tensor_specs(p.spec)] + list(tensor_specs(signature.result))
+        self.solvable = {split_fraction(a)[0] for s in specs for d in s.solved_dims for a in d.atoms}
+        self.solvable |= {"..."} if any(s.ellipsis is not None and -1 not in s.broadcast for s in specs) else set()
 
     def lines(self, call: str, values: str) -> list[str]:
         """The body: checks, call, checks of the result; every way out of the usual one ends in `match`.
@@ -194,6 +197,7 @@ class _Writer:
         conditions: list[str] = []
         shapes, middle = dict(known.shapes), known.middle
         axes: dict[tuple[str, int], str] = {}
+        loose: list[str] = []
         for v, spec in specs.items():
             if spec.dims is None:
                 continue
@@ -208,8 +212,14 @@ class _Writer:
             lines += _unpack(shape, here, spec.ellipsis)
             if spec.ellipsis is not None:
                 inner = _middle(shape, len(here), spec.ellipsis)
+                if -1 in spec.broadcast:
+                    loose.append(inner)
+                    continue
                 conditions += [f"{inner} != {middle}"] if middle is not None else []
                 middle = middle or inner
+        if loose and middle is None and "..." in self.solvable:
+            raise _TooHard
+        conditions += [f"{inner} != {middle} and not _ts_broadcasts({inner}, {middle})" for inner in loose if middle]
         sizes = self._solve(specs, known.sizes, axes, lines, conditions)
         dtypes = dict(known.dtypes)
         for v, spec in specs.items():
@@ -236,14 +246,15 @@ class _Writer:
                 lines.append(f"{variables[step.name]} = {_solution(step, axis, variables)}")
                 conditions.append(f"{variables[step.name]} < 0")
         dims = {(v, i): (dim, i in specs[v].broadcast) for v in solved for i, dim in enumerate(specs[v].dims or ())}
-        if any(split_fraction(a)[0] not in variables for dim, _ in dims.values() for a in dim.atoms):
-            raise _TooHard  # a dim that may also be 1, of a size that nothing else has
         for place, (dim, or_1) in dims.items():
-            if place not in plain:
+            missing = {split_fraction(a)[0] for a in dim.atoms} - variables.keys()
+            if missing & self.solvable:
+                raise _TooHard  # a dim that may also be 1, of a size that some calls have and others have not
+            if place not in plain and not missing:
                 differs = f"{axes[place]} != {code(dim, variables)}"
                 conditions.append(f"{axes[place]} != 1 and {differs}" if or_1 else differs)
         fractions = dict.fromkeys(split_fraction(a) for dim, _ in dims.values() for a in dim.atoms)
-        conditions += [f"{variables[name]} % {divisor}" for name, divisor in fractions if divisor > 1]
+        conditions += [f"{variables[n]} % {divisor}" for n, divisor in fractions if divisor > 1 and n in variables]
         return variables
 
     def _types(self, value: str, spec: TensorSpec, dtypes: dict[str, str]) -> list[str]:

@@ -257,16 +257,24 @@ def _check_same_dtypes(leaves: Sequence[_Leaf]) -> None:
 
 
 def _check_ellipsis(leaves: Sequence[_Leaf]) -> None:
-    """ "..." stands for the same axes wherever it is written."""
-    first: tuple[str, tuple[int, ...]] | None = None
+    """ "..." stands for the same axes wherever it is written, and "#..." for what broadcasts to them."""
+    middles = []
     for leaf in leaves:
-        if leaf.spec.ellipsis is None or leaf.spec.dims is None:
-            continue
-        start = leaf.spec.ellipsis
-        middle = leaf.shape[start:start + len(leaf.shape) - len(leaf.spec.dims)]
-        if first is not None and first[1] != middle:
-            raise _Misfit(f'{leaf.path} has {list(middle)} for "..." but {first[0]} has {list(first[1])}')
-        first = first or (leaf.path, middle)
+        if leaf.spec.ellipsis is not None and leaf.spec.dims is not None:
+            start = leaf.spec.ellipsis
+            middles.append((leaf, leaf.shape[start:start + len(leaf.shape) - len(leaf.spec.dims)]))
+    whole = [(leaf, middle) for leaf, middle in middles if -1 not in leaf.spec.broadcast]
+    for leaf, middle in middles if whole else ():
+        first, wanted = whole[0]
+        is_loose = -1 in leaf.spec.broadcast
+        if not (broadcasts(middle, wanted) if is_loose else middle == wanted):
+            raise _Misfit(f'{leaf.path} has {list(middle)} for "{"#" * is_loose}..." but {first.path} has '
+                          f"{list(wanted)}")
+
+
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a tensor of this shape can be expanded to the target."""
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(target)))
 
 
 def _check_axis(axis: _Axis, sizes: Mapping[str, int], origins: Mapping[str, _Axis]) -> None:

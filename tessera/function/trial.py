@@ -14,6 +14,7 @@ import inspect
 import itertools
 import math
 import operator
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tessera.errors import CompileError, ShapeError
+from tessera.errors import CompileError, InputError, ShapeError
 from tessera.function.annotations import (
     MappingSpec,
     Parameter,
@@ -97,13 +98,25 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that failed: the exception and the sizes; whether an argument that is no tensor had to be made up; and the
-    numbers that a method's object holds."""
+    """A run that failed: the exception and the sizes; whether an argument that is no tensor had to be made up; the
+    numbers that a method's object holds; and the arguments that were left at None."""
 
     error: BaseException
     sizes: Sizes
     invented: bool
     held: tuple[int, ...] = ()
+    absent: frozenset[str] = frozenset()
+
+    def is_refusal(self, file: str) -> bool:
+        """Whether it was raised on purpose, for what could not be made up: by the function's own file, of arguments
+        that it checks by hand, or of one that it cannot do without."""
+        if isinstance(self.error, InputError) and str(self.error).partition(":")[0] in self.absent:
+            return True
+        trace = self.error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        return isinstance(self.error, InputError) and trace is not None and (
+            os.path.realpath(trace.tb_frame.f_code.co_filename) == os.path.realpath(file))
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,8 @@ def _try_variant(function: Callable[..., Any], signature: Signature, owner: type
         if not dtypes and not _is_about_dtypes(found):
             break
     assert failure is not None
-    for sizes in itertools.islice(_other_sizes(signature, failure, _divides(function)), _MOST_CHOICES):
+    file = inspect.unwrap(function).__code__.co_filename
+    for sizes in itertools.islice(_other_sizes(signature, failure, _divides(function), file), _MOST_CHOICES):
         found = _run(function, signature, owner, variant, sizes, best)
         if found is None:
             return None
@@ -192,9 +206,10 @@ def _is_about_dtypes(failure: Failure) -> bool:
     return not isinstance(failure.error, ShapeError) and bool(_ABOUT_DTYPES.search(str(failure.error)))
 
 
-def _other_sizes(signature: Signature, failure: Failure, divides: bool) -> Iterator[Sizes]:
+def _other_sizes(signature: Signature, failure: Failure, divides: bool, file: str) -> Iterator[Sizes]:
     """Choices that a function may need: ints that divide every dim, dims that are the constructor's ints or what the
-    object holds, and dims that divide each other, where the function divides or could not reshape."""
+    object holds, dims that are equal, where the function asks for it by hand, and dims that divide each other, where
+    it divides or could not reshape."""
     yield Sizes(factor=12, plain_int=2)
     names = _dim_names(signature)
     made = [n for n in failure.sizes.numbers if n.startswith(f"{_CONSTRUCTOR}.")]
@@ -210,6 +225,11 @@ def _other_sizes(signature: Signature, failure: Failure, divides: bool) -> Itera
         for dims in itertools.combinations(names, count):
             for held in itertools.permutations(failure.held, count):
                 yield Sizes(numbers=dict(zip(dims, held)), plain_int=2)
+    if failure.is_refusal(file):
+        for one, other in itertools.combinations(names, 2):
+            sizes = Sizes()
+            sizes.numbers = dict.fromkeys((one, other), sizes.of(one))
+            yield sizes
     if not divides and not _ABOUT_FACTORS.search(str(failure.error)):
         return
     for whole, part in itertools.permutations(names, 2):
@@ -248,7 +268,8 @@ def _run(function: Callable[..., Any], signature: Signature, owner: type | None,
         except Exception as error:
             if problem is not None and isinstance(error, AttributeError):
                 raise problem from None
-            return Failure(error, sizes, maker.invented, _held(instance))
+            absent = frozenset(p.name for p in signature.parameters if p.spec is None and p.default is None)
+            return Failure(error, sizes, maker.invented, _held(instance), absent)
     return None
 
 
@@ -373,7 +394,11 @@ class _Maker:
         for name, divisor in divisors.items():
             if self.sizes.of(name) % divisor:
                 self.sizes.numbers[name] *= divisor
-        shape = [d.value(self.sizes.numbers) for d in spec.dims]
+        known = {split_fraction(a)[0] for s in (s for spec in stated for s in tensor_specs(spec))
+                 for d in s.solved_dims for a in d.atoms}
+        # A dim that may be 1, of a size that nothing else has, is 1: another would be a guess.
+        shape = [1 if i in spec.broadcast and {split_fraction(a)[0] for a in d.atoms} - known else d.value(
+            self.sizes.numbers) for i, d in enumerate(spec.dims)]
         if spec.ellipsis is not None:
             shape[spec.ellipsis:spec.ellipsis] = [self.sizes.of("...0"), self.sizes.of("...1")]
         return shape
@@ -396,6 +421,8 @@ class _Maker:
         self.invented = True
         if annotation is str:
             return ""
+        if typing.get_origin(annotation) is collections.abc.Callable and members and members[0] is not Ellipsis:
+            return lambda first, *rest: first
         if typing.get_origin(annotation) in (dict, collections.abc.Mapping) and members[1] in (int, float):
             return _AnyKey(lambda: 1)
         raise NoValue(f"argument {name!r} has no default, and no value follows from its annotation")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera import ops
+from tessera.types import DType, dtype_of
 
 
 class Linear(nn.Module):
@@ -88,12 +89,24 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a [n_rows, d_model] table by id, in `out_dtype`; `project` uses it as output projection."""
+    """Rows of a [n_rows, d_model] table by id; `project` uses it as output projection.
 
-    def __init__(self, n_rows: int, d_model: int, *, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    Args:
+        n_rows, d_model: of the table.
+        dtype: storage of the table, which is then not filled; None: f32, drawn from N(0, 0.02).
+        out_dtype: of the rows; default the table's.
+    """
+
+    def __init__(
+        self, n_rows: int, d_model: int, *, dtype: DType | torch.dtype | str | None = None,
+        out_dtype: DType | torch.dtype | str | None = None,
+    ) -> None:
         super().__init__()
-        self.out_dtype = out_dtype
-        self.weight = nn.Parameter(torch.empty(n_rows, d_model, dtype=dtype))
+        storage = torch.float32 if dtype is None else dtype_of(dtype).torch
+        self.out_dtype = storage if out_dtype is None else dtype_of(out_dtype).torch
+        self.weight = nn.Parameter(torch.empty(n_rows, d_model, dtype=storage))
+        if dtype is None:
+            nn.init.normal_(self.weight, 0.0, 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         return ops.embedding(ids, self.weight, self.out_dtype)

@@ -12,48 +12,56 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tessera.errors import InputError
+from tessera.function.decorator import function
 from tessera.ops import invariant
 from tessera.ops.kernels.activations import activation_backward_kernel, activation_kernel
 from tessera.ops.layout import as_rows, empty_like, widen
 from tessera.ops.registration import Operation
+from tessera.types import Tensor, one_float
 
 
-def silu(x: Tensor) -> Tensor:
+@function
+def silu(x: Tensor["...", one_float]) -> Tensor["...", one_float]:
     """x * sigmoid(x) (arXiv:1702.03118)."""
     return invariant.pointwise("silu", x, F.silu) if invariant.is_invariant() else _ACTIVATION(x, "silu", 1.0)
 
 
-def swish(x: Tensor, beta: float = 1.0) -> Tensor:
+@function
+def swish(x: Tensor["...", one_float], beta: float = 1.0) -> Tensor["...", one_float]:
     """x * sigmoid(beta x) (arXiv:1710.05941)."""
     return silu(x) if beta == 1 else _ACTIVATION(x, "silu", beta)
 
 
-def gelu(x: Tensor) -> Tensor:
+@function
+def gelu(x: Tensor["...", one_float]) -> Tensor["...", one_float]:
     """x * Phi(x) (arXiv:1606.08415)."""
     return invariant.pointwise("gelu", x, F.gelu) if invariant.is_invariant() else _ACTIVATION(x, "gelu", 1.0)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
+@function
+def gelu_tanh(x: Tensor["...", one_float]) -> Tensor["...", one_float]:
     """GELU with the tanh approximation (arXiv:1606.08415), as GPT-2 uses it."""
     if invariant.is_invariant():
         return invariant.pointwise("gelu_tanh", x, functools.partial(F.gelu, approximate="tanh"))
     return _ACTIVATION(x, "gelu_tanh", 1.0)
 
 
-def relu(x: Tensor) -> Tensor:
+@function
+def relu(x: Tensor["...", one_float]) -> Tensor["...", one_float]:
     """max(x, 0)."""
     return _ACTIVATION(x, "relu", 1.0)
 
 
-def relu2(x: Tensor) -> Tensor:
+@function
+def relu2(x: Tensor["...", one_float]) -> Tensor["...", one_float]:
     """max(x, 0)^2 (Primer, arXiv:2109.08668)."""
     return _ACTIVATION(x, "relu2", 1.0)
 
 
-def softcap(x: Tensor, cap: float) -> Tensor:
+@function
+def softcap(x: Tensor["...", one_float], cap: float) -> Tensor["...", one_float]:
     """cap * tanh(x / cap): x, kept within -cap..cap (Gemma 2, arXiv:2408.00118).
 
     Raises:

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from tessera.errors import ShapeError, UnsupportedError
-from tessera.ops.attention_scores import Scores, check_attention, plain_attention
+from tessera.errors import UnsupportedError
+from tessera.function.decorator import function
+from tessera.ops.attention_scores import AnyMask, Scores, check_scores, dropout_seed, plain_attention
 from tessera.ops.chunked_attention import in_chunks
 from tessera.ops.decode_attention import decode_attention_op
 from tessera.ops.flash_attention import fits_flash, flash_attention_op
 from tessera.ops.invariant import attention as invariant_attention
 from tessera.ops.invariant import is_invariant
 from tessera.ops.registration import wants_reference
+from tessera.types import Tensor, one_float
 
 _MANY_KEYS = 4096  # of all rows and key heads: from here on the f32 decode kernel is quicker than torch's
 _MANY_SCORES = 1 << 24  # from here on attention with a softcap, ALiBi or dropout runs in chunks
@@ -79,11 +80,14 @@ def make_mask(
     return Mask(allowed=allowed | (key_T == query_S[:, None]))
 
 
+@function
 def attention(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | Mask | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, *, window: int | None = None, sinks: Tensor | None = None,
-    softcap: float | None = None, alibi: Tensor | None = None, seed: int | None = None, flash: bool = True,
-) -> Tensor:
+    q_BHSD: Tensor["B", "G*K", "S", "D", one_float], k_BKTD: Tensor["B", "K", "T", "D", one_float],
+    v_BKTD: Tensor["B", "K", "T", "D", one_float], mask: AnyMask | Mask | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, *, window: int | None = None,
+    sinks: Tensor["G*K"] | None = None, softcap: float | None = None, alibi: Tensor["G*K"] | None = None,
+    seed: int | None = None, flash: bool = True,
+) -> Tensor["B", "G*K", "S", "D", one_float]:
     """softmax(scale * q k^T) v for every head (arXiv:1706.03762), groups sharing keys (arXiv:2305.13245).
 
     Runs as a tile kernel (decode steps; causal, windowed and plain attention), as torch's
@@ -93,7 +97,7 @@ def attention(
         q_BHSD: [B, H, S, D], f32, bf16, f16 or f64.
         k_BKTD, v_BKTD: [B, K, T, D], the same dtype; H a multiple of K.
         mask: broadcastable to [B, H, S, T]: bool, True where the query sees the key, or float, added to the scores
-            (after the softcap); or a Mask, which says is_causal and window too and is not checked.
+            (after the softcap); or a Mask, which says is_causal and window too.
         dropout_p: probability that a weight is dropped; which ones depends on seed and place alone.
         is_causal: the last query sees all keys, each one before it one key less.
         scale: factor on the scores, > 0; default 1 / sqrt(D).
@@ -118,12 +122,10 @@ def attention(
         if mask.last is not None:
             k_BKTD, v_BKTD = k_BKTD[:, :, -mask.last:], v_BKTD[:, :, -mask.last:]
         is_causal, window, mask = mask.causal, mask.window, mask.allowed
-    if dropout_p and seed is None:
-        seed = int(torch.randint(1 << 31, ()))
     scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
-                    softcap=softcap, dropout_p=dropout_p, seed=seed or 0)
+                    softcap=softcap, dropout_p=dropout_p, seed=dropout_seed(dropout_p, seed))
     if not is_ours:
-        check_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
+        check_scores(scores, k_BKTD.shape[1])
     if is_invariant():
         return _invariant(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
     if not flash or (not torch.compiler.is_compiling() and wants_reference()):
@@ -131,19 +133,21 @@ def attention(
     return _quickest(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
 
 
+@function
 def grouped_query_attention(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, is_causal: bool = True, scale: float | None = None,
-) -> Tensor:
+    q_BHSD: Tensor["B", "G*K", "S", "D", one_float], k_BKTD: Tensor["B", "K", "T", "D", one_float],
+    v_BKTD: Tensor["B", "K", "T", "D", one_float], is_causal: bool = True, scale: float | None = None,
+) -> Tensor["B", "G*K", "S", "D", one_float]:
     """`attention` whose H query heads share K key heads in groups of H / K, read in place (arXiv:2305.13245)."""
     return attention(q_BHSD, k_BKTD, v_BKTD, is_causal=is_causal, scale=scale)
 
 
+@function
 def multi_query_attention(
-    q_BHSD: Tensor, k_BTD: Tensor, v_BTD: Tensor, is_causal: bool = True, scale: float | None = None,
-) -> Tensor:
+    q_BHSD: Tensor["B", "H", "S", "D", one_float], k_BTD: Tensor["B", "T", "D", one_float],
+    v_BTD: Tensor["B", "T", "D", one_float], is_causal: bool = True, scale: float | None = None,
+) -> Tensor["B", "H", "S", "D", one_float]:
     """`attention` whose query heads all share one key head, [B, T, D] (arXiv:1911.02150)."""
-    if k_BTD.dim() != 3 or v_BTD.dim() != 3:
-        raise ShapeError(f"k, v: {tuple(k_BTD.shape)}, {tuple(v_BTD.shape)} given; expected [B, T, D], one head")
     return attention(q_BHSD, k_BTD[:, None], v_BTD[:, None], is_causal=is_causal, scale=scale)
 
 

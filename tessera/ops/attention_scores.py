@@ -12,12 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tessera.errors import InputError, ShapeError
 from tessera.ops.kernels.attention_dropout import attention_dropout_kernel
+from tessera.ops.registration import Operation
+from tessera.types import Tensor
 
 _MIX = 0x9E3779B97F4A7C15  # spreads neighbouring seeds (splitmix64), so that the rows of two calls differ
+
+
+AnyMask = Tensor["#T"] | Tensor["#S", "#T"] | Tensor["#G*K", "#S", "#T"] | Tensor["#B", "#G*K", "#S", "#T"]
+"""A mask that broadcasts to [B, H, S, T], H = G * K: bool, True where the query sees the key, or float, added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,8 @@ class Scores:
         is_causal: the last query sees all keys, each one before it one key less.
         window: a query sees itself and the window - 1 keys before it (keys after it too, unless causal).
         softcap: scores become softcap * tanh(scores / softcap), before any mask.
-        dropout_p, seed: weights are dropped with this probability, by their place and the seed alone.
+        dropout_p: weights are dropped with this probability, by their place and the seed alone.
+        seed: int64 [] on the CPU, where there is dropout: a tensor, so that torch.compile can draw it.
     """
 
     scale: float
@@ -37,7 +43,7 @@ class Scores:
     window: int | None = None
     softcap: float | None = None
     dropout_p: float = 0.0
-    seed: int = 0
+    seed: Tensor | None = None
 
     def block(
         self, q_BHMD: Tensor, k_BKND: Tensor, mask: Tensor | None, slopes_H: Tensor | None, place: int, start: int,
@@ -79,10 +85,24 @@ class Scores:
 
     def keep(self, shape: torch.Size, place: int, start: int, n_keys: int, like: Tensor) -> Tensor:
         """What dropout multiplies the weights of a block with, [B, H, M, N]; places as for `block`, from 0."""
-        keep_RMN = torch.empty(shape[0] * shape[1], *shape[2:], device=like.device)
-        seed = (self.seed * _MIX) % 2**62
-        attention_dropout_kernel(keep_RMN, self.dropout_p, seed, place, start, n_keys)
+        assert self.seed is not None
+        keep_RMN = _keep_op(
+            self.seed, [shape[0] * shape[1], *shape[2:]], self.dropout_p, place, start, n_keys, like.device)
         return keep_RMN.view(shape).to(like.dtype)
+
+
+def _keep(
+    seed: Tensor, sizes: list[int], dropout_p: float, place: int, start: int, n_keys: int, device: torch.device,
+) -> Tensor:
+    keep_RMN = torch.empty(sizes, device=device)
+    attention_dropout_kernel(keep_RMN, dropout_p, int(seed) * _MIX % 2**62, place, start, n_keys)
+    return keep_RMN
+
+
+_keep_op = Operation(
+    "attention_keep(Tensor seed, SymInt[] sizes, float p, SymInt place, SymInt start, SymInt n_keys, Device device)"
+    " -> Tensor", kernel=_keep, reference=_keep, fake=lambda seed, sizes, *rest: torch.empty(sizes, device=rest[-1]),
+    save=lambda inputs, output: (), backward=lambda saved, grad: (None,) * 7)
 
 
 def weighted(weights_BHMN: Tensor, v_BKND: Tensor) -> Tensor:
@@ -113,29 +133,23 @@ def plain_attention(
     return weighted(weights_BHST, v_BKTD).to(q_BHSD.dtype), lse_BHS
 
 
-def check_attention(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None = None,
-    slopes_H: Tensor | None = None, sinks_H: Tensor | None = None,
-) -> None:
-    """Raise for arguments that do not fit together.
+def dropout_seed(dropout_p: float, seed: int | None) -> Tensor | None:
+    """The seed of `Scores`: what is given, or drawn from torch's generator; None without dropout."""
+    if not dropout_p:
+        return None
+    return torch.randint(1 << 31, (), device="cpu") if seed is None else torch.full(
+        (), seed, dtype=torch.int64, device="cpu")
+
+
+def check_scores(scores: Scores, n_key_heads: int) -> None:
+    """Check the numbers of an attention whose shapes fit.
 
     Raises:
-        ShapeError: the shapes.
-        InputError: scale not above 0, dropout_p outside [0, 1), a window below 1, or more dtypes than one.
+        ShapeError: there are no key heads.
+        InputError: scale not above 0, dropout_p outside [0, 1), or a window below 1.
     """
-    q, k, v = (tuple(x.shape) for x in (q_BHSD, k_BKTD, v_BKTD))
-    if not len(q) == len(k) == 4 or k != v or q[0] != k[0] or q[3] != k[3] or not k[1] or q[1] % k[1]:
-        raise ShapeError(f"q, k, v: {q}, {k}, {v} given; expected [B, H, S, D] and twice [B, K, T, D], "
-                         "H a multiple of K")
-    if not q_BHSD.dtype == k_BKTD.dtype == v_BKTD.dtype:
-        raise InputError(f"q, k, v: {q_BHSD.dtype}, {k_BKTD.dtype}, {v_BKTD.dtype} given; expected one dtype")
-    whole = (*q[:3], k[2])
-    if mask is not None and (mask.dim() > 4 or any(
-            m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(whole)))):
-        raise ShapeError(f"mask: {tuple(mask.shape)} given; expected a shape that broadcasts to {whole}")
-    for name, x in (("sinks", sinks_H), ("alibi", slopes_H)):
-        if x is not None and x.shape != (q[1],):
-            raise ShapeError(f"{name}: {tuple(x.shape)} given; expected [{q[1]}], one for each query head")
+    if not n_key_heads:
+        raise ShapeError("k, v: 0 heads given; expected at least 1")
     if not scores.scale > 0:
         raise InputError(f"scale: {scores.scale} given; expected above 0")
     if not 0 <= scores.dropout_p < 1:

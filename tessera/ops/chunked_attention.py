@@ -8,22 +8,28 @@ Dims: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tessera.errors import InputError
-from tessera.ops.attention_scores import Scores, check_attention, weighted
+from tessera.function.decorator import function
+from tessera.ops.attention_scores import AnyMask, Scores, check_scores, dropout_seed, plain_attention, weighted
+from tessera.ops.registration import Operation
+from tessera.types import Tensor, one_float
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # chunks are plain torch: any will do
 
 
+@function
 def chunked_attention(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, chunk_size: int = 512, mask: Tensor | None = None,
-    is_causal: bool = False, scale: float | None = None, *, window: int | None = None, sinks: Tensor | None = None,
-    softcap: float | None = None, alibi: Tensor | None = None, dropout_p: float = 0.0, seed: int = 0,
-) -> Tensor:
+    q_BHSD: Tensor["B", "G*K", "S", "D", one_float], k_BKTD: Tensor["B", "K", "T", "D", one_float],
+    v_BKTD: Tensor["B", "K", "T", "D", one_float], chunk_size: int = 512,
+    mask: AnyMask | None = None, is_causal: bool = False, scale: float | None = None, *, window: int | None = None,
+    sinks: Tensor["G*K"] | None = None, softcap: float | None = None, alibi: Tensor["G*K"] | None = None,
+    dropout_p: float = 0.0, seed: int = 0,
+) -> Tensor["B", "G*K", "S", "D", one_float]:
     """softmax(scale * q k^T) v by chunks of queries and keys with a running maximum (arXiv:2112.05682).
 
     Args:
@@ -42,12 +48,11 @@ def chunked_attention(
     if chunk_size < 1:
         raise InputError(f"chunk_size: {chunk_size} given; expected at least 1")
     scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
-                    softcap=softcap, dropout_p=dropout_p, seed=seed)
-    check_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
+                    softcap=softcap, dropout_p=dropout_p, seed=dropout_seed(dropout_p, seed))
+    check_scores(scores, k_BKTD.shape[1])
     return in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks, chunk_size)
 
 
-@torch.compiler.disable
 def in_chunks(
     q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None = None,
     slopes_H: Tensor | None = None, sinks_H: Tensor | None = None, chunk: int = 512,
@@ -55,39 +60,102 @@ def in_chunks(
     """`chunked_attention` of checked arguments."""
     if mask is not None:
         mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
-    out: Tensor = _Chunked.apply(scores, chunk, q_BHSD, k_BKTD, v_BKTD, mask, slopes_H, sinks_H)
+    out: Tensor = _chunked_op(
+        q_BHSD, k_BKTD, v_BKTD, mask, slopes_H, sinks_H, scores.seed, scores.scale, scores.is_causal, scores.window,
+        scores.softcap, scores.dropout_p, chunk)[0]
     return out
 
 
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, scores: Scores, chunk: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-        slopes: Tensor | None, sinks: Tensor | None,
-    ) -> Tensor:
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for rows in _chunks(q.shape[2], chunk):
-            out[:, :, rows], lse[:, :, rows] = _rows(scores, chunk, rows, q, k, v, mask, slopes, sinks)
-        ctx.scores, ctx.chunk = scores, chunk
-        ctx.save_for_backward(q, k, v, mask, slopes, sinks, out, lse)
-        return out
+def _scores(
+    seed: Tensor | None, scale: float, causal: bool, window: int | None, softcap: float | None, dropout_p: float,
+) -> Scores:
+    return Scores(scale=scale, is_causal=causal, window=window, softcap=softcap, dropout_p=dropout_p, seed=seed)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, mask, slopes, sinks, out, lse = ctx.saved_tensors
-        inputs = [q, k, v, mask, slopes]
-        sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need or i < 3 else None
-                for i, (x, need) in enumerate(zip(inputs, ctx.needs_input_grad[2:7]))]
-        delta = (grad.to(lse.dtype) * out).sum(-1)
-        safe_lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        for rows in _chunks(q.shape[2], ctx.chunk):
-            for columns in _visible(ctx.scores, rows, ctx.chunk, q.shape[2], k.shape[2]):
-                _block_gradients(ctx.scores, rows, columns, inputs, sums, grad, safe_lse, delta)
-        grads: list[Tensor | None] = [None if total is None else total.to(x.dtype) for total, x in zip(sums, inputs)]
-        grads.append(None if sinks is None else sink_gradient(sinks, safe_lse, delta))
-        return None, None, *grads
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor]:
+    scores, chunk = _scores(*options[:-1]), options[-1]
+    out, lse = _fake(q)
+    for rows in _chunks(q.shape[2], chunk):
+        out[:, :, rows], lse[:, :, rows] = _rows(scores, chunk, rows, q, k, v, mask, slopes, sinks)
+    return out, lse
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor]:
+    return plain_attention(q, k, v, _scores(*options[:-1]), mask, slopes, sinks)
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, lse: Tensor,
+    delta: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
+) -> tuple[Tensor, ...]:
+    """Those of q, k, v, mask and slopes; empty where they are not wanted. `delta` [B, H, S] is grad . out, less the
+    gradient of the log-sum-exp."""
+    scores, chunk = _scores(*options[:-1]), options[-1]
+    inputs: list[Tensor | None] = [q, k, v, mask, slopes]
+    wanted = (True, True, True, wants_mask, wants_slopes)
+    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and want else None
+            for x, want in zip(inputs, wanted)]
+    safe_lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    for rows in _chunks(q.shape[2], chunk):
+        for columns in _visible(scores, rows, chunk, q.shape[2], k.shape[2]):
+            _block_gradients(scores, rows, columns, inputs, sums, grad, safe_lse, delta)
+    return tuple(q.new_empty(0) if total is None or x is None else total.to(x.dtype)
+                 for total, x in zip(sums, inputs))
+
+
+def _reference_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, lse: Tensor,
+    delta: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
+) -> tuple[Tensor, ...]:
+    """The same from the scores held whole, themselves differentiable."""
+    (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
+    scores, given = _scores(*options[:-1]), [q, k, mask, slopes]
+    wanted = (True, True, wants_mask, wants_slopes)
+    with torch.enable_grad():
+        leaves = [x if x is None or not want or x.requires_grad else x.detach().requires_grad_()
+                  for x, want in zip(given, wanted)]
+        s = scores.block(leaves[0], leaves[1], leaves[2], leaves[3], T - S, 0)  # type: ignore[arg-type]
+    weights = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    keep = scores.keep(weights.shape, 0, 0, T, weights) if scores.dropout_p else 1.0
+    wide, rows = grad.to(weights.dtype), (B, K, H // K * S)
+    slope = weighted(wide, v.mT) * keep - delta[..., None]
+    found = iter(torch.autograd.grad(
+        s, [x for x, want in zip(leaves, wanted) if x is not None and want], weights * slope,
+        create_graph=torch.is_grad_enabled()))
+    grad_q, grad_k, *rest = (next(found) if want else q.new_empty(0) for want in wanted)
+    grad_v = (weights * keep).reshape(*rows, T).mT @ wide.reshape(*rows, D)
+    return grad_q, grad_k, grad_v.to(v.dtype), *rest
+
+
+def _fake_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, lse: Tensor,
+    delta: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
+) -> tuple[Tensor, ...]:
+    wanted = (True, True, True, wants_mask, wants_slopes)
+    return tuple(torch.empty_like(x) if x is not None and want else q.new_empty(0)
+                 for x, want in zip((q, k, v, mask, slopes), wanted))
+
+
+def _save(inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+    wants = [x is not None and x.requires_grad for x in inputs[3:5]]
+    return (*inputs[:6], *output, *wants, *inputs[6:])
+
+
+def _backward(saved: Sequence[Any], grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    *inputs, sinks, out, lse, wants_mask, wants_slopes = saved[:10]
+    delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
+    grads = _gradients_op(grad, *inputs, lse, delta, wants_mask, wants_slopes, *saved[10:])
+    grad_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
+    return (*grads[:3], grads[3] if wants_mask else None, grads[4] if wants_slopes else None, grad_sinks,
+            *(None,) * 7)
 
 
 def sink_gradient(sinks_H: Tensor, lse_BHS: Tensor, delta_BHS: Tensor) -> Tensor:
@@ -179,3 +247,14 @@ def _block_gradients(
     K = v.shape[1]
     assert sums[2] is not None
     sums[2][:, :, columns] += kept.reshape(B, K, H // K * M, N).mT @ g.reshape(B, K, H // K * M, v.shape[-1])
+
+
+_OPTIONS = "Tensor? seed, float scale, bool causal, int? window, float? softcap, float dropout_p, int chunk"
+_gradients_op = Operation(
+    "chunked_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor lse, "
+    f"Tensor delta, bool wants_mask, bool wants_slopes, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_gradients, reference=_reference_gradients, fake=_fake_gradients, dtypes=_DTYPES)
+_chunked_op = Operation(
+    f"chunked_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? sinks, {_OPTIONS}) -> "
+    "(Tensor, Tensor)", kernel=_forward, reference=_reference, fake=_fake, save=_save, backward=_backward,
+    dtypes=_DTYPES)

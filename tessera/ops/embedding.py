@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from tessera.errors import InputError, ShapeError
+from tessera.errors import InputError
+from tessera.function.decorator import function
 from tessera.ops.kernels.embedding import (
     casted_embedding_kernel,
     embedding_backward_kernel,
@@ -22,10 +22,14 @@ from tessera.ops.kernels.embedding import (
     sparse_embedding_kernel,
 )
 from tessera.ops.quantize import is_quantized, quantize_rows
-from tessera.ops.registration import Operation, is_recording
+from tessera.ops.registration import Operation, is_readable, is_recording
+from tessera.types import Tensor, floating, integer
 
 
-def embedding(ids: Tensor, table_VD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+@function
+def embedding(
+    ids: Tensor["...", integer], table_VD: Tensor["V", "D"], dtype: torch.dtype | None = None,
+) -> Tensor["...", "D"]:
     """Rows of a table.
 
     Args:
@@ -40,13 +44,15 @@ def embedding(ids: Tensor, table_VD: Tensor, dtype: torch.dtype | None = None) -
         InputError: an id outside the table.
         ShapeError: the table has not two dims.
     """
-    _check_table(ids, table_VD)
+    _check_ids(ids, table_VD.shape[0])
     return _EMBEDDING(table_VD, ids, dtype or table_VD.dtype)
 
 
+@function
 def casted_embedding(
-    ids: Tensor, table_VD: Tensor, scale: Tensor | float = 1.0, dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
+    ids: Tensor["...", integer], table_VD: Tensor["V", "D"], scale: Tensor["#V"] | Tensor[()] | float | int = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor["...", "D"]:
     """Rows of a table in a narrow type, brought to a wider one: table[ids] * scale, rounded once.
 
     Args:
@@ -62,13 +68,10 @@ def casted_embedding(
         InputError: an id outside the table.
         ShapeError: the table has not two dims, or the scale is neither one number nor [V].
     """
-    _check_table(ids, table_VD)
-    if not isinstance(scale, Tensor):
+    _check_ids(ids, table_VD.shape[0])
+    if not isinstance(scale, torch.Tensor):
         scale = torch.full((1,), scale, device=table_VD.device)
-    scale = scale.reshape(-1)
-    if scale.shape[0] not in (1, table_VD.shape[0]):
-        raise ShapeError(f"scale: {scale.shape[0]} numbers given; expected one, or {table_VD.shape[0]}, one a row")
-    return _CASTED(scale.float(), table_VD, ids, dtype)
+    return _CASTED(scale.reshape(-1).float(), table_VD, ids, dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,10 @@ class BlockSparse:
         return dense.transpose(1, 2).reshape(n_groups * rows, -1)[:self.shape[0], :self.shape[1]]
 
 
+@function
 def to_block_sparse(
-    table_VD: Tensor, sparsity: float, *, block_size: int = 16, dtype: torch.dtype = torch.float8_e4m3fn,
+    table_VD: Tensor["V", "D", floating], sparsity: float, *, block_size: int = 16,
+    dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> BlockSparse:
     """Keep the blocks of a matrix that have the largest sums of squares, rounded to a narrow type.
 
@@ -119,8 +124,6 @@ def to_block_sparse(
         InputError: an option out of its range.
         ShapeError: the table has not two dims.
     """
-    if table_VD.dim() != 2:
-        raise ShapeError(f"table_VD: {list(table_VD.shape)} given; expected [V, D]")
     if not 0 <= sparsity <= 1:
         raise InputError(f"sparsity: {sparsity} given; expected a number in [0, 1]")
     if block_size < 1:
@@ -144,9 +147,11 @@ def to_block_sparse(
                        scales=scales, shape=(n_rows, width))
 
 
+@function
 def casted_sparse_embedding(
-    ids: Tensor, table: BlockSparse, weights: Tensor | None = None, dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
+    ids: Tensor["...", integer], table: BlockSparse, weights: Tensor["...", floating] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor["...", "D"]:
     """Rows of a block-sparse table, brought to a wider type.
 
     Args:
@@ -162,24 +167,14 @@ def casted_sparse_embedding(
         InputError: an id outside the table.
         ShapeError: weights has not the shape of ids.
     """
-    if weights is not None and weights.shape != ids.shape:
-        raise ShapeError(f"weights: {list(weights.shape)} given; expected that of ids, {list(ids.shape)}")
     _check_ids(ids, table.shape[0])
     rows = _SPARSE(table.scales, table.blocks_MRC, table.pointers, table.columns, ids, table.shape[1], dtype)
     return rows if weights is None else (rows * weights.unsqueeze(-1)).to(dtype)
 
 
-def _check_table(ids: Tensor, table_VD: Tensor) -> None:
-    if table_VD.dim() != 2:
-        raise ShapeError(f"table_VD: {list(table_VD.shape)} given; expected [V, D]")
-    _check_ids(ids, table_VD.shape[0])
-
-
 def _check_ids(ids: Tensor, n_rows: int) -> None:
     """Kernels do not look at what they are told to read. Ids that cannot be read here were checked by the caller."""
-    if ids.dtype.is_floating_point or ids.dtype is torch.bool:
-        raise InputError(f"ids: {ids.dtype} given; expected integers")
-    if type(ids) is not Tensor or not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling() or is_recording():
+    if not is_readable(ids) or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= n_rows:

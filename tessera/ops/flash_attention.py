@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tessera.errors import InputError, UnsupportedError
+from tessera.function.decorator import function
 from tessera.kernel import Kernel
-from tessera.ops.attention_scores import Scores, check_attention, plain_attention
-from tessera.ops.chunked_attention import in_chunks, sink_gradient
+from tessera.ops.attention_scores import AnyMask, Scores, check_scores, plain_attention
+from tessera.ops.chunked_attention import chunked_attention, sink_gradient
 from tessera.ops.kernels.flash_attention import flash_attention_kernel
 from tessera.ops.kernels.flash_attention_backward import (
     flash_attention_backward_kernel,
@@ -25,18 +25,20 @@ from tessera.ops.kernels.flash_attention_backward import (
     flash_attention_grad_q_kernel,
 )
 from tessera.ops.registration import Operation
-from tessera.types import dtype_of
+from tessera.types import Tensor, dtype_of, one_float
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
+@function
 def flash_attention(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, *, window: int | None = None, sinks: Tensor | None = None,
-    softcap: float | None = None, alibi: Tensor | None = None, seed: int = 0, block_q: int | None = None,
-    block_k: int | None = None, block_d: int | None = None, precision: Any = None, accumulate: Any = "f32",
-    cache: Any = None, layer: int = 0,
-) -> Tensor:
+    q_BHSD: Tensor["B", "G*K", "S", "D", one_float], k_BKND: Tensor["B", "K", "N", "D", one_float],
+    v_BKND: Tensor["B", "K", "N", "D", one_float], mask: AnyMask | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, *, window: int | None = None,
+    sinks: Tensor["G*K"] | None = None, softcap: float | None = None, alibi: Tensor["G*K"] | None = None,
+    seed: int = 0, block_q: int | None = None, block_k: int | None = None, block_d: int | None = None,
+    precision: Any = None, accumulate: Any = "f32", cache: Any = None, layer: int = 0,
+) -> Tensor["B", "G*K", "S", "D", one_float]:
     """softmax(scale * q k^T) v in blocks, scores never held whole (arXiv:2205.14135).
 
     Causal, windowed and plain attention with or without sinks run as tile kernels; a mask, ALiBi, a softcap or
@@ -44,7 +46,7 @@ def flash_attention(
 
     Args:
         q_BHSD: [B, H, S, D].
-        k_BKTD, v_BKTD: [B, K, T, D], H a multiple of K.
+        k_BKND, v_BKND: [B, K, N, D], the T keys, or with a cache the new ones; H a multiple of K.
         mask, dropout_p, is_causal, scale, window, sinks, softcap, alibi, seed: as for `attention`.
         block_q, block_k: queries and keys a block; None: the kernel's schedule.
         block_d: D, since a block takes heads whole.
@@ -66,19 +68,21 @@ def flash_attention(
         raise UnsupportedError(f"accumulate: {accumulate!r} given; expected 'f32'")
     dtype = q_BHSD.dtype
     if precision is not None:
-        q_BHSD, k_BKTD, v_BKTD = (x.to(dtype_of(precision).torch) for x in (q_BHSD, k_BKTD, v_BKTD))
+        q_BHSD, k_BKND, v_BKND = (x.to(dtype_of(precision).torch) for x in (q_BHSD, k_BKND, v_BKND))
     if cache is not None:
-        k_BKTD, v_BKTD = cache.update(layer, k_BKTD, v_BKTD)
+        k_BKND, v_BKND = cache.update(layer, k_BKND, v_BKND)
         is_causal = True
     scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
-                    softcap=softcap, dropout_p=dropout_p, seed=seed)
-    check_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks)
+                    softcap=softcap, dropout_p=dropout_p)
+    check_scores(scores, k_BKND.shape[1])
     if fits_flash(scores, mask, alibi):
         out, _ = flash_attention_op(
-            q_BHSD, k_BKTD, v_BKTD, sinks, scores.scale, is_causal, window, _block("block_q", block_q),
+            q_BHSD, k_BKND, v_BKND, sinks, scores.scale, is_causal, window, _block("block_q", block_q),
             _block("block_k", block_k))
     else:
-        out = in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks, block_q or 512)
+        out = chunked_attention(
+            q_BHSD, k_BKND, v_BKND, block_q or 512, mask, is_causal, scores.scale, window=window, sinks=sinks,
+            softcap=softcap, alibi=alibi, dropout_p=dropout_p, seed=seed)
     return out.to(dtype)
 
 

@@ -38,10 +38,10 @@ def is_invariant() -> bool:
     Raises:
         UnsupportedError: torch.compile is tracing in the mode; what it generates has other bits.
     """
-    if torch.compiler.is_compiling():
-        if _n_active:
-            raise UnsupportedError("dist.deterministic: torch.compile given; the mode runs eager operations only")
+    if not _n_active:
         return False
+    if torch.compiler.is_compiling():
+        raise UnsupportedError("dist.deterministic: torch.compile given; the mode runs eager operations only")
     return _INVARIANT.get()
 
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tessera.errors import ShapeError, UnsupportedError
+from tessera.errors import UnsupportedError
+from tessera.function.decorator import function
 from tessera.function.precision import active_precision
 from tessera.ops.kernels.cross_entropy import (
     cross_entropy_backward_kernel,
@@ -32,15 +32,17 @@ from tessera.ops.kernels.gemm import gemm_add_kernel, gemm_kernel, gemm_transpos
 from tessera.ops.losses import check_loss, check_targets, reduce_rows, row_gradients, row_losses
 from tessera.ops.matmul import has_products_of
 from tessera.ops.registration import Operation
+from tessera.types import Tensor, bf16, f16, f32, floating, integer
 
 _CHUNK = 1 << 21  # logits in a chunk: 8 MiB of f32
 _BLOCK = 4096  # classes in a block, where the vocabulary comes in blocks
 _MIN_ROWS, _MAX_ROWS = 64, 512  # below, products are bound by the reading of the weight; above, nothing is won
 
 
+@function
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0,
-    reduction: str = "mean", z_loss: float = 0.0,
+    hidden: Tensor["...", "D", floating], weight: Tensor["V", "D", floating], targets: Tensor["...", integer],
+    ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean", z_loss: float = 0.0,
 ) -> Tensor:
     """cross_entropy(hidden @ weight^T, targets), with memory for a chunk of logits only.
 
@@ -60,10 +62,7 @@ def linear_cross_entropy(
         ShapeError: the shapes do not fit.
         InputError: a target is no class, or an option is out of its range.
     """
-    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"weight: {list(weight.shape)} given for hidden {list(hidden.shape)}; "
-                         f"expected [V, {hidden.shape[-1] if hidden.dim() else 'D'}]")
-    check_loss((*hidden.shape[:-1], weight.shape[0]), targets, label_smoothing, reduction, z_loss)
+    check_loss(weight.shape[0], label_smoothing, reduction, z_loss)
     active = active_precision()
     if active is not None:
         hidden = hidden.to(active.compute)
@@ -292,7 +291,7 @@ def _scaled(
     others = (None,) * 6
     if grad is None:
         return None, None, *others
-    if not torch.compiler.is_compiling() and type(grad) is Tensor:
+    if not torch.compiler.is_compiling() and type(grad) is torch.Tensor:
         if torch.is_grad_enabled():
             raise UnsupportedError('linear_cross_entropy: create_graph given; second derivatives need reduction="none"')
         if grad.is_cpu and grad.item() == 1.0:
@@ -322,10 +321,12 @@ _sum_op = Operation(
     backward=lambda saved, grad, *_: _scaled(grad, *saved), zero_grads=False)
 
 
+@function
 def vocab_parallel_cross_entropy(
-    hidden: Tensor, weight_shard: Tensor, targets: Tensor, *, first_class: int, n_classes: int,
-    reduce_max: Callable[[Tensor], Tensor], reduce_sum: Callable[[Tensor], Tensor],
-    ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean", z_loss: float = 0.0,
+    hidden: Tensor["...", "D", f32 | bf16 | f16], weight_shard: Tensor["C", "D", floating],
+    targets: Tensor["...", integer], *, first_class: int, n_classes: int, reduce_max: Callable[[Any], Any],
+    reduce_sum: Callable[[Any], Any], ignore_index: int = -100, label_smoothing: float = 0.0,
+    reduction: str = "mean", z_loss: float = 0.0,
 ) -> Tensor:
     """`linear_cross_entropy` for a rank that has some of the classes (Megatron-LM, arXiv:1909.08053).
 
@@ -341,14 +342,9 @@ def vocab_parallel_cross_entropy(
         ignore_index, label_smoothing, reduction, z_loss: see `cross_entropy`.
 
     Raises:
-        ShapeError, InputError: as `linear_cross_entropy`.
-        UnsupportedError: hidden is f64.
+        ShapeError, InputError: as `linear_cross_entropy`, and for an f64 hidden.
     """
-    if weight_shard.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight_shard.shape[1]:
-        raise ShapeError(f"weight_shard: {list(weight_shard.shape)} given for hidden {list(hidden.shape)}")
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedError(f"hidden: {hidden.dtype} given; the vocabulary-parallel loss takes f32, bf16 or f16")
-    check_loss((*hidden.shape[:-1], n_classes), targets, label_smoothing, reduction, z_loss)
+    check_loss(n_classes, label_smoothing, reduction, z_loss)
     targets_N = targets.reshape(-1)
     check_targets(targets_N, n_classes, ignore_index)
     losses_N = _VocabParallel.apply(

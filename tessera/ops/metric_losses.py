@@ -8,9 +8,9 @@ Dims: N rows, C classes, D width of an embedding.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from tessera.errors import InputError, ShapeError
+from tessera.errors import InputError
+from tessera.function.decorator import function
 from tessera.ops.kernels.metric_losses import (
     contrastive_backward_kernel,
     contrastive_kernel,
@@ -20,11 +20,15 @@ from tessera.ops.kernels.metric_losses import (
 from tessera.ops.losses import check_loss, check_targets, reduce_rows
 from tessera.ops.registration import Operation
 from tessera.ops.softmax import l2_normalize
+from tessera.types import Tensor, floating, integer
 
 _LARGEST_FACTOR = 1e30  # similarities stay far enough from the largest f32 for sums over the width
 
 
-def max_margin_loss(scores: Tensor, targets: Tensor, margin: float = 1.0, reduction: str = "mean") -> Tensor:
+@function
+def max_margin_loss(
+    scores: Tensor["N", "C", floating], targets: Tensor["N", integer], margin: float = 1.0, reduction: str = "mean",
+) -> Tensor:
     """max(0, margin + best other score - target's score) (Crammer & Singer 2001).
 
     Args:
@@ -40,17 +44,17 @@ def max_margin_loss(scores: Tensor, targets: Tensor, margin: float = 1.0, reduct
         ShapeError: the shapes do not fit.
         InputError: a target is no class, or an option is out of its range.
     """
-    if scores.dim() != 2:
-        raise ShapeError(f"scores: {list(scores.shape)} given; expected [N, C]")
-    check_loss(tuple(scores.shape), targets, 0.0, reduction, 0.0)
+    check_loss(scores.shape[1], 0.0, reduction, 0.0)
     if not margin >= 0:
         raise InputError(f"margin: {margin} given; expected at least 0")
     losses_N, _ = _max_margin_op(scores, targets, float(margin))
     return reduce_rows(losses_N, torch.ones_like(targets, dtype=torch.bool), reduction, targets.shape)
 
 
+@function
 def contrastive_loss(
-    embeddings: Tensor, labels: Tensor, temperature: float = 0.07, normalize: bool = True, reduction: str = "mean",
+    embeddings: Tensor["N", "D", floating], labels: Tensor["N", integer], temperature: float = 0.07,
+    normalize: bool = True, reduction: str = "mean",
 ) -> Tensor:
     """-log(sum over positives of exp(s) / sum over all others of exp(s)), s the similarities / temperature.
 
@@ -71,9 +75,7 @@ def contrastive_loss(
         ShapeError: the shapes do not fit.
         InputError: the temperature is not positive, or another reduction.
     """
-    if embeddings.dim() != 2:
-        raise ShapeError(f"embeddings: {list(embeddings.shape)} given; expected [N, D]")
-    check_loss((embeddings.shape[0], 1), labels, 0.0, reduction, 0.0)
+    check_loss(1, 0.0, reduction, 0.0)
     if not temperature > 0:
         raise InputError(f"temperature: {temperature} given; expected more than 0")
     wide_ND = embeddings if embeddings.dtype is torch.float64 else embeddings.float()

@@ -11,17 +11,21 @@ from __future__ import annotations
 from typing import overload
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tessera.errors import InputError, LaunchError, ShapeError
+from tessera.errors import InputError
+from tessera.function.decorator import function
 from tessera.ops import activations, invariant
 from tessera.ops.kernels.activations import gated_backward_kernel, gated_kernel, gated_packed_kernel
 from tessera.ops.layout import as_rows, empty_like, widen
 from tessera.ops.registration import Operation
+from tessera.types import Tensor, floating, one_float
 
 
-def gated(gate: Tensor, up: Tensor, activation: str = "silu", beta: float = 1.0) -> Tensor:
+@function
+def gated(
+    gate: Tensor["...", "F", one_float], up: Tensor["...", "F", floating], activation: str = "silu", beta: float = 1.0,
+) -> Tensor["...", "F", one_float]:
     """activation(gate) * up: SwiGLU with "silu", GEGLU with "gelu" (arXiv:2002.05202).
 
     Args:
@@ -39,14 +43,13 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu", beta: float = 1.0)
     _check_activation(activation)
     if invariant.is_invariant() and beta == 1:
         return activations.ACTIVATIONS[activation](gate) * up
-    try:
-        return _GATED(gate, up, activation, beta)
-    except LaunchError:
-        _check_pair(gate, up)
-        raise
+    return _GATED(gate, up, activation, beta)
 
 
-def gated_packed(gate_up: Tensor, activation: str = "silu", beta: float = 1.0) -> Tensor:
+@function
+def gated_packed(
+    gate_up: Tensor["...", "2*F", one_float], activation: str = "silu", beta: float = 1.0,
+) -> Tensor["...", "F", one_float]:
     """`gated` of the two halves of the last dim, as a fused gate and up projection gives them.
 
     Args:
@@ -64,11 +67,7 @@ def gated_packed(gate_up: Tensor, activation: str = "silu", beta: float = 1.0) -
     if invariant.is_invariant() and beta == 1:
         gate, up = _halves(gate_up)
         return activations.ACTIVATIONS[activation](gate) * up
-    try:
-        return _GATED_PACKED(gate_up, activation, beta)
-    except LaunchError:
-        _halves(gate_up)
-        raise
+    return _GATED_PACKED(gate_up, activation, beta)
 
 
 @overload
@@ -100,11 +99,22 @@ def swiglu(
         return gated(first, second, "silu", beta)
     if w_up is None or w_down is None:
         raise InputError("swiglu: 3 tensors given; expected gate and up, or x, w_gate, w_up and w_down")
-    _check_mlp(first, second, w_up, w_down)
-    return gated(first @ second, first @ w_up, "silu", beta) @ w_down
+    return _swiglu(first, second, w_up, w_down, beta)
 
 
-def fused_mlp(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, activation: str = "silu") -> Tensor:
+@function
+def _swiglu(
+    x: Tensor["...", "D", floating], w_gate: Tensor["D", "F", floating], w_up: Tensor["D", "F", floating],
+    w_down: Tensor["F", "D", floating], beta: float,
+) -> Tensor["...", "D"]:
+    return gated(x @ w_gate, x @ w_up, "silu", beta) @ w_down
+
+
+@function
+def fused_mlp(
+    x: Tensor["...", "D", floating], up: Tensor["D", "F", floating], gate: Tensor["D", "F", floating],
+    down: Tensor["F", "D", floating], activation: str = "silu",
+) -> Tensor["...", "D"]:
     """(activation(x gate) * (x up)) down: a whole gated MLP.
 
     Args:
@@ -120,18 +130,20 @@ def fused_mlp(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, activation: str
         ShapeError: the weights do not fit.
         InputError: an unknown activation.
     """
-    _check_mlp(x, gate, up, down)
     return gated(x @ gate, x @ up, activation) @ down
 
 
-def swiglu_packed(gate_up: Tensor, *, beta: float = 1.0) -> Tensor:
+@function
+def swiglu_packed(gate_up: Tensor["...", "2*F", one_float], *, beta: float = 1.0) -> Tensor["...", "F", one_float]:
     """silu(gate) * up of the halves [gate, up] of the last dim; see `gated_packed`."""
     return gated_packed(gate_up, "silu", beta)
 
 
+@function
 def swiglu_memory_efficient(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, chunk_size: int = 512, beta: float = 1.0,
-) -> Tensor:
+    x: Tensor["...", "D", one_float], w_gate: Tensor["D", "F", floating], w_up: Tensor["D", "F", floating],
+    w_down: Tensor["F", "D", floating], chunk_size: int = 512, beta: float = 1.0,
+) -> Tensor["...", "D", one_float]:
     """`swiglu` of an input and three weights, by chunks of d_ffn that the backward pass computes again.
 
     No tensor is wider than a chunk: the memory kept for the backward pass is x alone, where `swiglu` keeps 3 F numbers
@@ -151,7 +163,6 @@ def swiglu_memory_efficient(
         ShapeError: the weights do not fit.
         InputError: chunk_size below 1.
     """
-    _check_mlp(x, w_gate, w_up, w_down)
     if chunk_size < 1:
         raise InputError(f"chunk_size: {chunk_size} given; expected at least 1")
     out = torch.zeros(x.shape, dtype=widen(x[..., :0]).dtype, device=x.device)
@@ -162,31 +173,14 @@ def swiglu_memory_efficient(
     return out.to(x.dtype)
 
 
-def _check_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> None:
-    width = w_gate.shape[1] if w_gate.dim() == 2 else -1
-    wanted = {"w_gate": (w_gate, (x.shape[-1], width)), "w_up": (w_up, (x.shape[-1], width)),
-              "w_down": (w_down, (width, x.shape[-1]))}
-    for name, (weight, shape) in wanted.items():
-        if tuple(weight.shape) != shape:
-            raise ShapeError(f"{name}: {list(weight.shape)} given; expected {list(shape)} for x {list(x.shape)} and "
-                             f"w_gate {list(w_gate.shape)}")
-
-
 def _check_activation(activation: str) -> None:
     if activation not in activations.ACTIVATIONS:
         raise InputError(f"activation: {activation!r} given; expected one of {', '.join(activations.ACTIVATIONS)}")
 
 
-def _check_pair(gate: Tensor, up: Tensor) -> None:
-    if gate.shape != up.shape:
-        raise ShapeError(f"up: {list(up.shape)} given; expected that of gate, {list(gate.shape)}")
-
-
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    width = gate_up.shape[-1]
-    if width % 2:
-        raise ShapeError(f"gate_up: {list(gate_up.shape)} given; expected an even last dim")
-    return gate_up[..., :width // 2], gate_up[..., width // 2:]
+    width = gate_up.shape[-1] // 2
+    return gate_up[..., :width], gate_up[..., width:]
 
 
 def _kernel(gate: Tensor, up: Tensor, kind: str, beta: float) -> Tensor:
@@ -194,7 +188,6 @@ def _kernel(gate: Tensor, up: Tensor, kind: str, beta: float) -> Tensor:
     if gate.dim() == 3:
         gated_kernel(gate, up, out, kind, beta)
     else:
-        _check_pair(gate, up)
         gated_kernel(as_rows(gate), as_rows(up), as_rows(out), kind, beta)
     return out
 
@@ -219,7 +212,6 @@ def _packed_backward_kernel(grad: Tensor, gate_up: Tensor, kind: str, beta: floa
 
 
 def _reference(gate: Tensor, up: Tensor, kind: str, beta: float) -> Tensor:
-    _check_pair(gate, up)
     return (activations.reference(widen(gate), kind, beta) * up).to(gate.dtype)
 
 
@@ -230,7 +222,6 @@ def _backward_reference(grad: Tensor, gate: Tensor, up: Tensor, kind: str, beta:
 
 
 def _fake(gate: Tensor, up: Tensor, kind: str, beta: float) -> Tensor:
-    _check_pair(gate, up)
     return empty_like(gate)
 
 

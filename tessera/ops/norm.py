@@ -14,19 +14,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from tessera.errors import LaunchError, ShapeError
+from tessera.function.decorator import function
 from tessera.ops import invariant
 from tessera.ops.kernels.layer_norm import layer_norm_backward_kernel, layer_norm_kernel
 from tessera.ops.kernels.rms_norm import add_rms_norm_kernel, rms_norm_backward_kernel, rms_norm_kernel
 from tessera.ops.layout import as_rows, empty_like, widen
 from tessera.ops.registration import Operation
+from tessera.types import Tensor, floating, one_float
 
 _MAX_BLOCKS, _MIN_ROWS = 64, 16  # of a gradient's partial sums: enough for the cores, few enough to add quickly
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+@function
+def rms_norm(
+    x: Tensor["...", "D", one_float], weight: Tensor["D", floating] | None = None, eps: float = 1e-5,
+) -> Tensor["...", "D", one_float]:
     """x / sqrt(mean(x^2) + eps) * weight (RMSNorm, arXiv:1910.07467).
 
     Args:
@@ -43,16 +46,15 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     if weight is None:
         weight = x.new_ones(x.shape[-1:])
     if invariant.is_invariant():
-        _check_vector(x, weight=weight)
         return invariant.rms_norm(x, weight, eps, functools.partial(_rms_norm_reference, eps=eps))
-    try:
-        return _RMS_NORM(x, weight, eps)
-    except LaunchError:
-        _check_vector(x, weight=weight)
-        raise
+    return _RMS_NORM(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+@function
+def add_rms_norm(
+    x: Tensor["...", "D", one_float], residual: Tensor["...", "D", one_float], weight: Tensor["D", floating],
+    eps: float = 1e-5,
+) -> tuple[Tensor["...", "D", one_float], Tensor["...", "D", one_float]]:
     """(rms_norm(x + residual), x + residual): the residual stream takes a branch's result, the next branch reads it.
 
     Args:
@@ -69,15 +71,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5)
     if invariant.is_invariant():
         total = x + residual
         return rms_norm(total, weight, eps), total
-    try:
-        return _ADD_RMS_NORM(x, residual, weight, eps)
-    except LaunchError:
-        _check_same(x, residual)
-        _check_vector(x, weight=weight)
-        raise
+    return _ADD_RMS_NORM(x, residual, weight, eps)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+@function
+def layer_norm(
+    x: Tensor["...", "D", one_float], weight: Tensor["D", floating] | None = None,
+    bias: Tensor["D", floating] | None = None, eps: float = 1e-5,
+) -> Tensor["...", "D", one_float]:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias (arXiv:1607.06450).
 
     Args:
@@ -96,16 +97,14 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if bias is None:
         bias = x.new_zeros(x.shape[-1:])
     if invariant.is_invariant():
-        _check_vector(x, weight=weight, bias=bias)
         return invariant.layer_norm(x, weight, bias, eps, functools.partial(_layer_norm_reference, eps=eps))
-    try:
-        return _LAYER_NORM(x, weight, bias, eps)
-    except LaunchError:
-        _check_vector(x, weight=weight, bias=bias)
-        raise
+    return _LAYER_NORM(x, weight, bias, eps)
 
 
-def stable_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+@function
+def stable_rms_norm(
+    x: Tensor["...", "D", one_float], weight: Tensor["D", floating] | None = None, eps: float = 1e-6,
+) -> Tensor["...", "D", one_float]:
     """`rms_norm` in plain torch of rows whose squares leave the range of f32: over their largest entries first.
 
     The kernel of `rms_norm` does the same where a row needs it; this is the reference, of any float dtype and device,
@@ -126,14 +125,16 @@ def stable_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) 
     return (normed if weight is None else normed * widen(weight)).to(x.dtype)
 
 
+@function
 def sharded_rms_norm(
-    x: Tensor, weight: Tensor, width: int, reduce: Callable[[Tensor], Tensor], eps: float = 1e-6,
-) -> Tensor:
+    x: Tensor["...", "P", one_float], weight: Tensor["P", floating], width: int, reduce: Callable[[Any], Any],
+    eps: float = 1e-6,
+) -> Tensor["...", "P", one_float]:
     """`rms_norm` of rows that several ranks hold in parts: one sum a row crosses the mesh.
 
     Args:
-        x: [..., this rank's part of D].
-        weight: [this rank's part of D].
+        x: [..., P], this rank's part of D.
+        weight: [P].
         width: D.
         reduce: the sum of all ranks' tensors, differentiable; f64 [..., 1] is given, in which no square overflows.
         eps: added to the mean square.
@@ -141,27 +142,10 @@ def sharded_rms_norm(
     Returns:
         This rank's part of the result, x's shape and dtype.
     """
-    _check_vector(x, weight=weight)
     wide = widen(x)
     total = reduce(torch.linalg.vector_norm(wide, dim=-1, keepdim=True, dtype=torch.float64).square())
     scale = torch.rsqrt(total / width + eps).to(wide.dtype)
     return (wide * scale * widen(weight)).to(x.dtype)
-
-
-# -- checks -----------------------------------------------------------------------------------------
-
-
-def _check_vector(x: Tensor, **vectors: Tensor) -> None:
-    for name, vector in vectors.items():
-        if vector.shape != x.shape[-1:]:
-            raise ShapeError(f"{name}: {list(vector.shape)} given; expected {list(x.shape[-1:])}, the last dim of x "
-                             f"{list(x.shape)}")
-
-
-def _check_same(x: Tensor, residual: Tensor) -> None:
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ShapeError(f"residual: {list(residual.shape)} {residual.dtype} given; expected that of x, "
-                         f"{list(x.shape)} {x.dtype}")
 
 
 # -- kernels ----------------------------------------------------------------------------------------
@@ -177,7 +161,6 @@ def _rms_norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _add_rms_norm_kernel(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_same(x, residual)
     out, total = empty_like(x), empty_like(x)
     if x.dim() == 3:
         add_rms_norm_kernel(x, residual, weight, out, total, eps)
@@ -228,19 +211,16 @@ def _layer_norm_backward_kernel(
 
 
 def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check_vector(x, weight=weight)
     wide, weight_wide = widen(x), widen(weight)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_wide).to(x.dtype)
 
 
 def _add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_same(x, residual)
     total = x + residual
     return _rms_norm_reference(total, weight, eps), total
 
 
 def _layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    _check_vector(x, weight=weight, bias=bias)
     wide, weight_wide, bias_wide = widen(x), widen(weight), widen(bias)
     dtype = functools.reduce(torch.promote_types, (wide.dtype, weight_wide.dtype, bias_wide.dtype))
     return F.layer_norm(wide.to(dtype), x.shape[-1:], weight_wide.to(dtype), bias_wide.to(dtype), eps).to(x.dtype)
@@ -273,16 +253,12 @@ def _layer_norm_backward_reference(
 # -- operations -------------------------------------------------------------------------------------
 
 
-def _fake_norm(x: Tensor, *vectors: Any) -> Tensor:
-    for vector in vectors:
-        if isinstance(vector, Tensor):
-            _check_vector(x, weight=vector)
+def _fake_norm(x: Tensor, *_: Any) -> Tensor:
     return empty_like(x)
 
 
 def _fake_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_same(x, residual)
-    return _fake_norm(x, weight), empty_like(x)
+    return empty_like(x), empty_like(x)
 
 
 _RMS_NORM_BACKWARD = Operation(

@@ -10,17 +10,21 @@ of the longest row, P places of a page.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from tessera.errors import InputError, ShapeError
+from tessera.errors import InputError
+from tessera.function.decorator import function
 from tessera.ops.kernels.paged_attention import SPAN_PAGES, paged_attention_kernel
-from tessera.ops.registration import Operation
+from tessera.ops.registration import Operation, is_readable
+from tessera.types import Tensor, int32, one_float
 
 
+@function
 def paged_attention(
-    q_BNHD: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, *,
-    scale: float | None = None, window: int | None = None, sinks: Tensor | None = None, softcap: float | None = None,
-) -> Tensor:
+    q_BNHD: Tensor["B", "N", "G*K", "D", one_float], k_pages: Tensor["n_pages", "P", "K", "D", one_float],
+    v_pages: Tensor["n_pages", "P", "K", "D", one_float], block_table: Tensor["B", "M", int32],
+    lengths: Tensor["B", int32], *, scale: float | None = None, window: int | None = None,
+    sinks: Tensor["G*K"] | None = None, softcap: float | None = None,
+) -> Tensor["B", "N", "G*K", "D", one_float]:
     """Causal attention over paged keys (arXiv:2309.06180): query i of N stands at key length - N + i.
 
     Args:
@@ -40,7 +44,7 @@ def paged_attention(
     Raises:
         ShapeError, InputError: arguments that do not fit together, a length or a page outside the pool.
     """
-    _check(q_BNHD, k_pages, v_pages, block_table, lengths)
+    _check_pages(k_pages, block_table, lengths)
     scale = q_BNHD.shape[-1]**-0.5 if scale is None else scale
     if not scale > 0 or (window is not None and window < 1):
         raise InputError(f"scale, window: {scale}, {window} given; expected above 0, and at least 1 or None")
@@ -49,17 +53,9 @@ def paged_attention(
     return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ShapeError(f"q, k_pages, v_pages: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} given; expected "
-                         "[B, N, H, D] and twice [n_pages, P, K, D], H a multiple of K")
-    if table.dim() != 2 or table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
-        raise ShapeError(f"block_table, lengths: {tuple(table.shape)}, {tuple(lengths.shape)} given; expected "
-                         f"[{q.shape[0]}, M] and [{q.shape[0]}]")
-    if table.dtype is not torch.int32 or lengths.dtype is not torch.int32:
-        raise InputError(f"block_table, lengths: {table.dtype}, {lengths.dtype} given; expected int32")
-    if not lengths.is_cpu or torch.compiler.is_compiling() or not lengths.numel():
-        return  # looking at a GPU's values would wait for it
+def _check_pages(k: Tensor, table: Tensor, lengths: Tensor) -> None:
+    if not is_readable(lengths) or not lengths.numel():
+        return
     low, high = (int(x) for x in torch.aminmax(lengths))
     if low < 0 or high > table.shape[1] * k.shape[1]:
         raise InputError(f"lengths: {low if low < 0 else high} given; expected 0..{table.shape[1] * k.shape[1]}")

@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from tessera.errors import InputError, ShapeError
+from tessera.errors import InputError
+from tessera.function.decorator import function
 from tessera.ops.rotary import RopeScaling, rope_frequencies, rotary
-from tessera.types import DType, dtype_of, f32
+from tessera.types import DType, Tensor, dtype_of, f32, floating, one_float
 
 _SCALINGS = ("linear", "ntk", "yarn")
 
 
+@function
 def rotary_embedding(
-    x_BSHD: Tensor, position_ids: Tensor | None = None, base: float = 10000.0, scaling_factor: float = 1.0,
-    *, interleaved: bool = False,
-) -> Tensor:
+    x_BSHD: Tensor["B", "S", "H", "2*R", one_float], position_ids: Tensor["#B", "S"] | None = None,
+    base: float = 10000.0, scaling_factor: float = 1.0, *, interleaved: bool = False,
+) -> Tensor["B", "S", "H", "2*R", one_float]:
     """Rotate each head by its token's position (RoFormer, arXiv:2104.09864).
 
     Args:
@@ -39,14 +40,15 @@ def rotary_embedding(
     Raises:
         ShapeError: position_ids do not fit, or D is odd.
     """
-    frequencies, factor = rope_frequencies(_even_width(x_BSHD), base)
+    frequencies, factor = rope_frequencies(x_BSHD.shape[-1], base)
     return _rotate(x_BSHD, position_ids, frequencies * scaling_factor, factor, interleaved)
 
 
+@function
 def dynamic_rope(
-    x_BSHD: Tensor, position_ids: Tensor, base: float = 10000.0, max_position: int = 2048,
-    scaling_type: str = "linear",
-) -> Tensor:
+    x_BSHD: Tensor["B", "S", "H", "2*R", one_float], position_ids: Tensor["#B", "S"], base: float = 10000.0,
+    max_position: int = 2048, scaling_type: str = "linear",
+) -> Tensor["B", "S", "H", "2*R", one_float]:
     """`rotary_embedding`, stretched once the sequence is longer than the context that was trained on.
 
     Args:
@@ -66,7 +68,7 @@ def dynamic_rope(
     """
     if scaling_type not in _SCALINGS:
         raise InputError(f"scaling_type: {scaling_type!r} given; expected one of {', '.join(_SCALINGS)}")
-    width = _even_width(x_BSHD)
+    width = x_BSHD.shape[-1]
     length = int(position_ids.max()) + 1 if position_ids.numel() else 0
     stretch = length / max_position
     scaling = None
@@ -77,7 +79,11 @@ def dynamic_rope(
     return _rotate(x_BSHD, position_ids, *rope_frequencies(width, base, scaling), False)
 
 
-def apply_rotary_pos_emb(x_BSHD: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor) -> Tensor:
+@function
+def apply_rotary_pos_emb(
+    x_BSHD: Tensor["B", "S", "H", "2*R", one_float], cos_BS1R: Tensor["#B", "S", 1, "R", floating],
+    sin_BS1R: Tensor["#B", "S", 1, "R", floating],
+) -> Tensor["B", "S", "H", "2*R", one_float]:
     """(x1 cos - x2 sin, x1 sin + x2 cos) of the halves of each head.
 
     Args:
@@ -88,16 +94,14 @@ def apply_rotary_pos_emb(x_BSHD: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor) -> 
         [B, S, H, D] in x's dtype.
     """
     rows = cos_BS1R.shape[:2]
-    if cos_BS1R.dim() != 4 or cos_BS1R.shape[2] != 1 or cos_BS1R.shape != sin_BS1R.shape:
-        raise ShapeError(f"cos_BS1R, sin_BS1R: {list(cos_BS1R.shape)} and {list(sin_BS1R.shape)} given; expected two "
-                         f"[B or 1, S, 1, {x_BSHD.shape[-1] // 2}]")
     place = torch.arange(rows.numel(), device=x_BSHD.device).view(rows)
     return rotary(x_BSHD, cos_BS1R.flatten(0, 2), sin_BS1R.flatten(0, 2), place)
 
 
+@function
 def cos_sin_embedding(
     seq_len: int, dim: int, base: float = 10000.0, dtype: DType | torch.dtype | str = f32,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor["seq_len", "dim"], Tensor["seq_len", "dim"]]:
     """Cosines and sines of each position's angles (arXiv:1706.03762), each angle at two neighbouring places.
 
     Args:
@@ -121,7 +125,8 @@ def cos_sin_embedding(
     return angles.cos().to(target), angles.sin().to(target)
 
 
-def alibi_slopes(num_heads: int, dtype: DType | torch.dtype | str = f32) -> Tensor:
+@function
+def alibi_slopes(num_heads: int, dtype: DType | torch.dtype | str = f32) -> Tensor["num_heads"]:
     """2^(-8 h / H) for heads h = 1..H: how fast each head's attention falls off (arXiv:2108.12409).
 
     Returns:
@@ -136,7 +141,10 @@ def alibi_slopes(num_heads: int, dtype: DType | torch.dtype | str = f32) -> Tens
     return exponents.exp2().to(dtype_of(dtype).torch)
 
 
-def alibi_bias(seq_len: int, num_heads: int, dtype: DType | torch.dtype | str = f32) -> Tensor:
+@function
+def alibi_bias(
+    seq_len: int, num_heads: int, dtype: DType | torch.dtype | str = f32,
+) -> Tensor["num_heads", "seq_len", "seq_len"]:
     """What ALiBi adds to the scores: slope * (key - query), 0 or less for the keys that a causal query sees.
 
     Returns:
@@ -147,20 +155,12 @@ def alibi_bias(seq_len: int, num_heads: int, dtype: DType | torch.dtype | str = 
     return (alibi_slopes(num_heads, torch.float64)[:, None, None] * distances).to(dtype_of(dtype).torch)
 
 
-def _even_width(x_BSHD: Tensor) -> int:
-    if x_BSHD.dim() != 4 or x_BSHD.shape[-1] % 2:
-        raise ShapeError(f"x_BSHD: {list(x_BSHD.shape)} given; expected [B, S, H, D] with an even D")
-    return x_BSHD.shape[-1]
-
-
 def _rotate(
     x_BSHD: Tensor, position_ids: Tensor | None, frequencies: Tensor, factor: float, interleaved: bool,
 ) -> Tensor:
     device = x_BSHD.device
     if position_ids is None:
         position_ids = torch.arange(x_BSHD.shape[1], device=device)[None]
-    if position_ids.dim() != 2:
-        raise ShapeError(f"position_ids: {list(position_ids.shape)} given; expected [B or 1, S]")
     angles = position_ids.reshape(-1, 1).float() * frequencies.to(device)
     rows = torch.arange(position_ids.numel(), device=device).view(position_ids.shape)
     return rotary(x_BSHD, angles.cos() * factor, angles.sin() * factor, rows, interleaved=interleaved)

@@ -9,21 +9,25 @@ Dims: D d_model, F d_ffn.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tessera.errors import InputError
+from tessera.function.decorator import function
 from tessera.ops.mlp import gated
 from tessera.ops.quantize import is_quantized, quantize_rows
 from tessera.ops.quantized_linear import quantized_matmul, saturate
+from tessera.types import Tensor, floating
 
 _SCALES = ("gate_weight", "up_weight", "down_weight")
 
 
+@function
 def quantize_swiglu(
-    w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype = torch.int8,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | float]]:
+    w_gate: Tensor["D", "F", floating], w_up: Tensor["D", "F", floating], w_down: Tensor["F", "D", floating],
+    dtype: torch.dtype = torch.int8,
+) -> tuple[Tensor["D", "F"], Tensor["D", "F"], Tensor["F", "D"], dict[str, Any]]:
     """The weights of a gated MLP in 8 bits, with a scale for each output.
 
     Args:
@@ -41,9 +45,11 @@ def quantize_swiglu(
     return w_gate, w_up, w_down, {**dict(zip(_SCALES, scales)), "input": 1.0, "hidden": 1.0, "output": 1.0}
 
 
+@function
 def swiglu_quantized(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, scales: Mapping[str, Tensor | float], beta: float = 1.0,
-) -> Tensor:
+    x: Tensor["...", "D"], w_gate: Tensor["D", "F"], w_up: Tensor["D", "F"], w_down: Tensor["F", "D"],
+    scales: Mapping[str, Any], beta: float = 1.0,
+) -> Tensor["...", "D"]:
     """`swiglu` of an input and three 8-bit weights. Sums, the activation and the gating are in f32.
 
     Args:

@@ -10,8 +10,8 @@ operations here.
         save=lambda inputs, output: (inputs[0], inputs[1], inputs[2]),
         backward=lambda saved, grad: (*rms_norm_backward_op(grad, *saved), None))
 
-An eager call that needs no gradient goes straight to the kernel: torch's dispatcher would cost 13 us, more than the
-kernel itself for the one row of a decode step.
+An eager call goes straight to the kernel, or through one autograd function where a gradient is wanted: torch's
+dispatcher would cost 13 us, and 40 with a gradient, more than the kernel itself for the one row of a decode step.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from tessera.errors import InputError
 from tessera.kernel import recording
 
 _LIBRARY = torch.library.Library("tessera", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PARAMETER = torch.nn.Parameter
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHOICES = ("auto", "reference")
+
+_n_modes = torch._C._len_torch_dispatch_stack
+_level = torch._C._functorch.maybe_current_level
+_is_compiling = torch.compiler.is_compiling
 
 _CHOICE: contextvars.ContextVar[str | None] = contextvars.ContextVar("tessera_implementation", default=None)
 
@@ -68,8 +72,18 @@ def wants_reference() -> bool:
 
 
 def is_recording() -> bool:
-    """Whether a step is recorded, in which kernels alone may compute; torch.compile, which may trace, records none."""
-    return not torch.compiler.is_compiling() and recording.is_recording()
+    """Whether a step is recorded, in which kernels alone may compute; torch.compile, which may trace, records none.
+
+    The recorder is among torch's dispatch modes: without one, which is cheap to see, there is none.
+    """
+    return not torch.compiler.is_compiling() and _n_modes() > 0 and recording.is_recording()
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether a tensor's values can be looked at, at no cost: not on a GPU, nor while they are traced, recorded or
+    transformed by torch.func."""
+    return (not _is_compiling() and type(x) in (Tensor, _PARAMETER) and x.is_cpu and not is_recording()
+            and _level() is None)
 
 
 class Operation:
@@ -87,48 +101,87 @@ class Operation:
             and with other Operations, which torch.compile can then trace. None: the reference is run again and
             torch differentiates it.
         zero_grads: whether a result without a gradient hands zeros to `backward`, or None.
+        dtypes: of the first tensor, for which there is the kernel.
     """
 
     def __init__(
         self, schema: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any],
         save: Callable[[Sequence[Any], Any], tuple[Any, ...]] | None = None,
         backward: Callable[..., Any] | None = None, zero_grads: bool = True,
+        dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES,
     ) -> None:
         self.name = schema[:schema.index("(")]
         self.kernel, self.reference, self.has_gradient = kernel, reference, backward is not None
+        self.dtypes = frozenset(dtypes)
         _LIBRARY.define(schema)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, self._run, key)
         torch.library.register_fake(f"tessera::{self.name}", fake, lib=_LIBRARY)
         if backward is not None:
             assert save is not None, f"{self.name}: backward given without save"
+            self.setup_context, self.backward = _setup(save, zero_grads), _backward(backward)
             torch.library.register_autograd(
-                f"tessera::{self.name}", _backward(backward), setup_context=_setup(save, zero_grads), lib=_LIBRARY)
+                f"tessera::{self.name}", self.backward, setup_context=self.setup_context, lib=_LIBRARY)
         self.registered = getattr(torch.ops.tessera, self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self.registered(*args) if self.has_gradient else self.reference(*args)
-        if (_CHOICE.get() or _default()) == "reference":
-            return self.reference(*args)
-        if recording.is_recording():
-            return self._run(*args)  # the recorder must see the kernel's launch, not torch's name for it
-        grad = torch.is_grad_enabled()
+        if (_CHOICE.get() or _default()) == "reference" or _level() is not None:
+            return self.reference(*args)  # torch.func transforms it as any torch code
+        if _n_modes():
+            return self._watched(args)
+        grad, run = torch.is_grad_enabled(), None
         for arg in args:
-            if isinstance(arg, Tensor):
+            kind = type(arg)
+            if kind is Tensor or kind is _PARAMETER:
+                if run is None:
+                    if arg.is_meta:
+                        return self.registered(*args)
+                    run = self.kernel if arg.dtype in self.dtypes else self.reference
                 if grad and arg.requires_grad:
-                    return self.registered(*args) if self.has_gradient else self.reference(*args)
-                if type(arg) not in _PLAIN or arg.is_meta:
-                    return self.registered(*args)
-        if torch._C._len_torch_dispatch_stack():
-            return self.registered(*args)
-        return self._run(*args)
+                    return self._with_gradient(args)
+            elif isinstance(arg, Tensor):
+                return self._dispatched(args)
+        return self._run(*args) if run is None else run(*args)
 
     def _run(self, *args: Any) -> Any:
         for arg in args:
             if isinstance(arg, Tensor):
-                return (self.kernel if arg.dtype in _KERNEL_DTYPES else self.reference)(*args)
+                return (self.kernel if arg.dtype in self.dtypes else self.reference)(*args)
         raise InputError(f"{self.name}: no tensor given; expected at least one")
+
+    def _with_gradient(self, args: tuple[Any, ...]) -> Any:
+        if not self.has_gradient:
+            return self.reference(*args)
+        if all(type(arg) in (Tensor, _PARAMETER) for arg in args if isinstance(arg, Tensor)):
+            return _Eager.apply(self, *args)
+        return self.registered(*args)
+
+    def _dispatched(self, args: tuple[Any, ...]) -> Any:
+        """Through torch, whose subclasses and modes see one operation; its parts where torch differentiates it."""
+        wants_grad = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        return self.reference(*args) if wants_grad and not self.has_gradient else self.registered(*args)
+
+    def _watched(self, args: tuple[Any, ...]) -> Any:
+        # A recorder must see the kernel's launch, not torch's name for it.
+        return self._run(*args) if recording.is_recording() else self._dispatched(args)
+
+
+class _Eager(torch.autograd.Function):
+    """An operation of plain tensors, some of which need a gradient: half the time of the registered one."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, *args: Any) -> Any:
+        output = operation._run(*args)
+        operation.setup_context(ctx, args, output)
+        ctx.operation = operation
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        found = ctx.operation.backward(ctx, *grads)
+        return (None, *found) if isinstance(found, tuple) else (None, found)
 
 
 def _setup(save: Callable[[Sequence[Any], Any], tuple[Any, ...]], zero_grads: bool) -> Callable[..., None]:

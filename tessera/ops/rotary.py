@@ -14,15 +14,16 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tessera.errors import InputError, LaunchError, ShapeError, UnsupportedError
+from tessera.errors import InputError, ShapeError, UnsupportedError
+from tessera.function.decorator import function
 from tessera.ops import invariant
 from tessera.ops.kernels.rope import rope_interleaved_kernel, rope_kernel
 from tessera.ops.layout import empty_like, widen
-from tessera.ops.registration import Operation, is_recording, wants_reference
+from tessera.ops.registration import Operation, is_readable, is_recording, wants_reference
 from tessera.ops.rope_scaling import RopeScaling, rope_frequencies
+from tessera.types import Tensor, floating, integer, one_float
 
 _MIN_TABLE = 256  # rows
 
@@ -64,7 +65,7 @@ def rope_tables(
         return cos[positions.start:positions.stop], sin[positions.start:positions.stop], None
     if is_recording():
         return *_table(dim, theta, scaling, seq_len, positions.device), positions
-    if not _is_readable(positions):
+    if not is_readable(positions):
         return _fresh_tables(positions, dim, theta, scaling, seq_len, positions.device)
     low, high = (int(bound) for bound in torch.aminmax(positions)) if positions.numel() else (0, 0)
     if low < 0:
@@ -87,11 +88,6 @@ def _fresh_tables(
     if positions.shape[0] == 1:
         return cos, sin, None
     return cos, sin, torch.arange(positions.numel(), device=positions.device).view(positions.shape)
-
-
-def _is_readable(positions: Tensor) -> bool:
-    """Whether looking at the values costs nothing: not under torch.compile or FakeTensors, not on a GPU."""
-    return positions.is_cpu and type(positions) is Tensor and not torch.compiler.is_compiling()
 
 
 def _table(
@@ -123,9 +119,12 @@ def _cos_sin(positions_T: Tensor, frequencies_R: Tensor, factor: float) -> tuple
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
+@function
 def rotary(
-    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None = None, *, interleaved: bool = False,
-) -> Tensor:
+    x_BSHD: Tensor["B", "S", "H", "2*R+still", one_float], cos_TR: Tensor["T", "R", floating],
+    sin_TR: Tensor["T", "R", floating], rows_CS: Tensor["#B", "S", integer] | None = None, *,
+    interleaved: bool = False,
+) -> Tensor["B", "S", "H", "2*R+still", one_float]:
     """Rotate each head by its token's position (RoFormer, arXiv:2104.09864).
 
     Args:
@@ -139,16 +138,16 @@ def rotary(
     Raises:
         ShapeError: the tables do not fit.
     """
-    try:
-        return _ROTARY(x_BSHD, cos_TR, sin_TR, rows_CS, 1.0, interleaved)
-    except LaunchError:
-        _check(x_BSHD, cos_TR, sin_TR, rows_CS)
-        raise
+    _check(x_BSHD, cos_TR, rows_CS)
+    return _ROTARY(x_BSHD, cos_TR, sin_TR, rows_CS, 1.0, interleaved)
 
 
+@function
 def rotary_(
-    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None = None, *, interleaved: bool = False,
-) -> Tensor:
+    x_BSHD: Tensor["B", "S", "H", "2*R+still", one_float], cos_TR: Tensor["T", "R", floating],
+    sin_TR: Tensor["T", "R", floating], rows_CS: Tensor["#B", "S", integer] | None = None, *,
+    interleaved: bool = False,
+) -> Tensor["B", "S", "H", "2*R+still", one_float]:
     """`rotary` in place, where no gradient is recorded: x_BSHD, changed; it may be a view of a fused projection.
 
     Raises:
@@ -159,36 +158,16 @@ def rotary_(
         raise InputError("x_BSHD: a tensor that needs a gradient given; expected torch.no_grad(), or rotary")
     if interleaved or torch.compiler.is_compiling() or wants_reference() or x_BSHD.dtype == torch.float64:
         return x_BSHD.copy_(rotary(x_BSHD, cos_TR, sin_TR, rows_CS, interleaved=interleaved))
-    try:
-        _rotate(x_BSHD, cos_TR, sin_TR, rows_CS, 1.0, x_BSHD)
-    except LaunchError:
-        _check(x_BSHD, cos_TR, sin_TR, rows_CS)
-        raise
+    _check(x_BSHD, cos_TR, rows_CS)
+    rope_kernel(x_BSHD, cos_TR, sin_TR, x_BSHD, rows_CS, 1.0)
     return x_BSHD
 
 
-def _check(x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None) -> None:
-    if x_BSHD.dim() != 4:
-        raise ShapeError(f"x_BSHD: {list(x_BSHD.shape)} given; expected [B, S, H, D]")
-    batch_size, seq_len, _, width = x_BSHD.shape
-    if cos_TR.dim() != 2 or cos_TR.shape != sin_TR.shape or 2 * cos_TR.shape[1] > width:
-        raise ShapeError(f"cos_TR, sin_TR: {list(cos_TR.shape)} and {list(sin_TR.shape)} given; expected two [T, R] "
-                         f"with 2R <= {width}, the width of x_BSHD's heads")
-    if rows_CS is None:
-        if cos_TR.shape[0] != seq_len:
-            raise ShapeError(f"cos_TR: {list(cos_TR.shape)} given without rows_CS; expected a row for each of "
-                             f"{seq_len} tokens of x_BSHD {list(x_BSHD.shape)}")
-    elif rows_CS.shape not in ((batch_size, seq_len), (1, seq_len)):
-        raise ShapeError(f"rows_CS: {list(rows_CS.shape)} given; expected {[batch_size, seq_len]} or {[1, seq_len]}")
-
-
-def _rotate(
-    x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, direction: float, out_BSHD: Tensor,
-) -> None:
-    fits = cos_TR.shape[0] == x_BSHD.shape[1] if rows_CS is None else rows_CS.shape[0] in (1, x_BSHD.shape[0])
-    if not fits:
-        _check(x_BSHD, cos_TR, sin_TR, rows_CS)
-    rope_kernel(x_BSHD, cos_TR, sin_TR, out_BSHD, rows_CS, direction)
+def _check(x_BSHD: Tensor, cos_TR: Tensor, rows_CS: Tensor | None) -> None:
+    """What the annotations do not say."""
+    if rows_CS is None and cos_TR.shape[0] != x_BSHD.shape[1]:
+        raise ShapeError(f"cos_TR: {list(cos_TR.shape)} given without rows_CS; expected a row for each of "
+                         f"{x_BSHD.shape[1]} tokens of x_BSHD {list(x_BSHD.shape)}")
 
 
 def _kernel(
@@ -196,9 +175,8 @@ def _kernel(
 ) -> Tensor:
     out = empty_like(x_BSHD)
     if not interleaved:
-        _rotate(x_BSHD, cos_TR, sin_TR, rows_CS, direction, out)
+        rope_kernel(x_BSHD, cos_TR, sin_TR, out, rows_CS, direction)
         return out
-    _check(x_BSHD, cos_TR, sin_TR, rows_CS)
     n_pairs = cos_TR.shape[1]
     if 2 * n_pairs < x_BSHD.shape[-1]:
         out[..., 2 * n_pairs:] = x_BSHD[..., 2 * n_pairs:]
@@ -210,7 +188,6 @@ def _kernel(
 def _reference(
     x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, direction: float, interleaved: bool,
 ) -> Tensor:
-    _check(x_BSHD, cos_TR, sin_TR, rows_CS)
     x = widen(x_BSHD)
     cos, sin = ((table if rows_CS is None else table[rows_CS])[..., None, :] for table in (cos_TR, direction * sin_TR))
     n_pairs = cos.shape[-1]
@@ -225,7 +202,6 @@ def _reference(
 
 
 def _fake(x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, *_: Any) -> Tensor:
-    _check(x_BSHD, cos_TR, sin_TR, rows_CS)
     return empty_like(x_BSHD)
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tessera.errors import ShapeError
+from tessera.function.decorator import function
 from tessera.ops.kernels.softmax import (
     log_softmax_backward_kernel,
     log_softmax_kernel,
@@ -21,9 +21,11 @@ from tessera.ops.kernels.softmax import (
     softmax_kernel,
 )
 from tessera.ops.registration import Operation
+from tessera.types import Tensor, bool_, one_float
 
 
-def softmax(x: Tensor, dim: int = -1) -> Tensor:
+@function
+def softmax(x: Tensor["...", one_float], dim: int = -1) -> Tensor["...", one_float]:
     """exp(x - max(x)) / sum(exp(x - max(x))), finite wherever x has no NaN.
 
     A row of -inf has no distribution: it gives zeros, and no gradient. Where a row has +inf, the places that have
@@ -39,7 +41,8 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return _along(_softmax_op, x, dim)
 
 
-def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
+@function
+def log_softmax(x: Tensor["...", one_float], dim: int = -1) -> Tensor["...", one_float]:
     """log(softmax(x)) without its rounding: (x - max(x)) - log(sum(exp(x - max(x)))); see `softmax`."""
     return _along(_log_softmax_op, x, dim)
 
@@ -48,7 +51,10 @@ def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
 softmax_safe, log_softmax_stable = softmax, log_softmax
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+@function
+def masked_mean(
+    x: Tensor["...", one_float], mask: Tensor["#...", bool_], dim: int | tuple[int, ...] | None = None,
+) -> Tensor:
     """Mean of x where the mask is true; 0 where it is nowhere true. What is masked may be NaN or infinite.
 
     Args:
@@ -66,7 +72,8 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
     return (total / mask.sum(dims).clamp(min=1)).to(x.dtype)
 
 
-def l2_normalize(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
+@function
+def l2_normalize(x: Tensor["...", one_float], dim: int = -1, eps: float = 1e-12) -> Tensor["...", one_float]:
     """x / max(|x|, eps) along a dim, for any magnitude: the squares of 1e30 would overflow f32.
 
     Args:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tessera.errors import ShapeError
+from tessera.function.decorator import function
 from tessera.ops.quantized_linear import saturate
-from tessera.types import DType, dtype_of
+from tessera.types import DType, Tensor, dtype_of
 
 AnyDType = DType | torch.dtype | str | type | None
 
@@ -57,7 +57,7 @@ def arange(*bounds: Any, dtype: AnyDType = None, **options: Any) -> Tensor:
 
 def tensor(data: Any, *, dtype: AnyDType = None, **options: Any) -> Tensor:
     """torch.tensor with any dtype; a tensor is copied, without its graph."""
-    if isinstance(data, Tensor):
+    if isinstance(data, torch.Tensor):
         return cast(data.detach().clone(), dtype or data.dtype)
     return _made(torch.tensor, (data,), dtype, options)
 
@@ -85,7 +85,11 @@ def gather(x: Tensor, index: Tensor, dim: int | None = None) -> Tensor:
     return x[index] if dim is None else torch.gather(x, dim, index)
 
 
-def split_heads(qkv: Tensor, num_heads: int, head_dim: int, num_kv_heads: int | None = None) -> tuple[Tensor, ...]:
+@function
+def split_heads(
+    qkv: Tensor["B", "S", "E"], num_heads: int, head_dim: int, num_kv_heads: int | None = None,
+) -> tuple[Tensor["B", "num_heads", "S", "head_dim"], Tensor["B", "K", "S", "head_dim"],
+           Tensor["B", "K", "S", "head_dim"]]:
     """Queries, keys and values of a fused projection, each as heads; views of it.
 
     Args:
@@ -101,6 +105,7 @@ def split_heads(qkv: Tensor, num_heads: int, head_dim: int, num_kv_heads: int | 
     """
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     width = (num_heads + 2 * kv_heads) * head_dim
-    if qkv.dim() != 3 or qkv.shape[-1] != width:
+    if qkv.shape[-1] != width:
         raise ShapeError(f"qkv: {list(qkv.shape)} given; expected [B, S, {width}]")
-    return qkv.unflatten(-1, (-1, head_dim)).transpose(1, 2).split([num_heads, kv_heads, kv_heads], 1)
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).transpose(1, 2).split([num_heads, kv_heads, kv_heads], 1)
+    return q, k, v

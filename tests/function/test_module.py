@@ -19,7 +19,7 @@ class LearnedPositionalEmbedding:
     """The documents' own."""
 
     def __init__(self, max_seq_len: int, dim: int):
-        self.embeddings = torch.nn.Embedding(max_seq_len, dim)
+        self.embeddings = ts.nn.Embedding(max_seq_len, dim)
 
     def forward(self, position_ids: Tensor["B", "S"]) -> Tensor["B", "S", "D"]:
         return self.embeddings(position_ids)

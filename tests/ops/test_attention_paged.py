@@ -88,11 +88,11 @@ def test_registration():
 
 def test_errors():
     q, k, v, table, lengths, _ = draw((20, 9), 2, 4, 2, 8, 8, torch.float32, 2)
-    with pytest.raises(ShapeError, match=r"q, k_pages, v_pages: .* H a multiple of K"):
+    with pytest.raises(ShapeError, match=r"q_BNHD has G\*K=3 .* but k_pages has K=2"):
         ops.paged_attention(q[:, :, :3], k, v, table, lengths)
-    with pytest.raises(ShapeError, match=r"block_table, lengths: \(2, 3\), \(1,\) given"):
+    with pytest.raises(ShapeError, match=r"lengths has B=1 .* but q_BNHD has B=2"):
         ops.paged_attention(q, k, v, table, lengths[:1])
-    with pytest.raises(InputError, match=r"torch.int64 given; expected int32"):
+    with pytest.raises(InputError, match=r"lengths is torch.int64; expected torch.int32"):
         ops.paged_attention(q, k, v, table, lengths.long())
     with pytest.raises(InputError, match=r"lengths: 25 given; expected 0..24"):
         ops.paged_attention(q, k, v, table, torch.tensor([25, 1], dtype=torch.int32))

@@ -162,12 +162,12 @@ def test_targets_out_of_range(target, choice):
 def test_wrong_arguments():
     logits, targets = torch.randn(4, 7), torch.zeros(4, dtype=torch.long)
     for wrong, error, match in [
-        ({"targets": targets[:3]}, ShapeError, r"targets: \[3\] given for logits \[4, 7\]"),
-        ({"targets": targets.float()}, ShapeError, "targets: torch.float32 given"),
+        ({"targets": targets[:3]}, ShapeError, r"targets has \[3\] for .* but logits has \[4\]"),
+        ({"targets": targets.float()}, ShapeError, "targets is torch.float32; expected one of torch.int64"),
         ({"reduction": "max"}, InputError, "reduction: 'max' given"),
         ({"label_smoothing": 1.5}, InputError, "label_smoothing: 1.5 given"),
         ({"z_loss": -1.0}, InputError, "z_loss: -1.0 given"),
-        ({"logits": torch.randn(4, 0)}, ShapeError, r"logits \[4, 0\]"),
+        ({"logits": torch.randn(4, 0)}, ShapeError, "expected at least one class"),
     ]:
         with pytest.raises(error, match=match):
             cross_entropy(**{"logits": logits, "targets": targets, **wrong})

@@ -147,9 +147,10 @@ def test_compiled():
 def test_errors(choice):
     x = normal(1, 2, 3, 8)
     with ops.implementation(choice):
-        with pytest.raises(ShapeError, match=r"weight: \[7\] given; expected \[8\]"):
+        with pytest.raises(ShapeError, match=r"rms_norm: weight has D=7 \(axis 0 of \[7\]\) but x has D=8 \(axis 2 of "
+                                             r"\[2, 3, 8\]\); called at .*test_norm"):
             ops.rms_norm(x.detach(), torch.ones(7))
-        with pytest.raises(ShapeError, match=r"residual: \[2, 3, 7\] torch\.float32 given"):
+        with pytest.raises(ShapeError, match=r"residual has D=7 .* but x has D=8"):
             ops.add_rms_norm(x.detach(), torch.ones(2, 3, 7), torch.ones(8))
-        with pytest.raises(ShapeError, match=r"bias: \[1\] given"):
+        with pytest.raises(ShapeError, match=r"bias has D=1 .* but x has D=8"):
             ops.layer_norm(x.detach(), torch.ones(8), torch.ones(1))
