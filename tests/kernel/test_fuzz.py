@@ -25,7 +25,7 @@ BACKENDS = ["interp", "cpu"]
 WORDS = {"first": fuzz.FIRST, "all": fuzz.ALL}
 KEPT = [line.split()[:2] for line in (Path(__file__).parent / "fuzz_seeds.txt").read_text().splitlines()
         if line.split("#")[0].strip()]
-SEEDS = int(os.environ.get("TESSERA_FUZZ_PROGRAMS", "40"))
+SEEDS = int(os.environ.get("TESSERA_FUZZ_PROGRAMS", "30"))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -39,7 +39,7 @@ def test_kept_seeds(words, seed):
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None, derandomize=True, database=None,
+@settings(max_examples=20, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example])
 def test_programs_that_hypothesis_finds(random):
     check(fuzz.make(random), BACKENDS)
