@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tessera import env
-from tessera.errors import NotFoundError
+from tessera.errors import NotFoundError, UnsupportedError
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda.kernel import KernelText, Texts, build
 from tessera.kernel.backends.cuda.values import next_power_of_2
@@ -93,7 +93,7 @@ class Compiled:
         return launches
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Launch:
     """One kernel with its grid; arguments are picked from the call's."""
 
@@ -102,7 +102,27 @@ class _Launch:
     grid: tuple[int]
 
     def __call__(self, args: Sequence[Argument], sizes: Sequence[int]) -> None:
-        launch(self.kernel, self.text, self.grid, args, sizes)
+        """Start it.
+
+        Raises:
+            UnsupportedError: the GPU's shared memory is too small for it, even without loads ahead.
+        """
+        try:
+            launch(self.kernel, self.text, self.grid, args, sizes)
+        except Exception as error:
+            self.text = _with_fewer_stages(self.text, error)
+            self(args, sizes)
+
+
+def _with_fewer_stages(text: KernelText, error: Exception) -> KernelText:
+    """The kernel with one load less ahead of use, after a launch that found too little shared memory."""
+    from triton.runtime.errors import OutOfResources
+
+    if not isinstance(error, OutOfResources):
+        raise error
+    if text.stages <= 1:
+        raise UnsupportedError(f"cuda: kernel {text.name}: {error}; smaller blocks (ts.schedule) need less") from None
+    return replace(text, stages=text.stages - 1)
 
 
 def launch(kernel: Any, text: KernelText, grid: tuple[int], args: Sequence[Argument], sizes: Sequence[int]) -> None:
