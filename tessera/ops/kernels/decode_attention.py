@@ -8,6 +8,7 @@ from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.kernel.schedule import schedule
 from tessera.kernel.signature import constexpr
+from tessera.ops.kernels.running_softmax import softmax_step
 from tessera.types import Tile, bool_, f32, int64
 
 SPAN = 256  # keys a program; a fixed number, so that neither the batch nor the threads change the order of a sum
@@ -64,15 +65,9 @@ def decode_attention_kernel(
             if window is not None:
                 at = tile.arange(ctx.block_n) + start
                 scores = tile.where((at > last - window)[None, :], scores, -float("inf"))
-            new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
-            safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
-            # The difference first: it is exactly 0 for the largest score, however large that is.
-            weights = tile.exp((scores - safe_top[:, None]) * factor)
-            shrink = tile.exp((top - safe_top) * factor)
-            total = total * shrink + tile.reduce_sum(weights, axis=-1)
+            weights, top, total, shrink = softmax_step(scores, top, total, factor, tile.exp)
             values = tile.cast(tile.load(seen_values[start:start + ctx.block_n]), f32)
             result = result * shrink[:, None] + tile.mma(weights, values)
-            top = new_top
         tile.store(parts[batch, head, part, :, 0:ctx.D], result)
         tile.store(parts[batch, head, part, :, ctx.D], total)
         tile.store(parts[batch, head, part, :, ctx.D + 1], top * factor)

@@ -8,6 +8,7 @@ from typing import Optional
 from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.kernel.schedule import schedule
+from tessera.ops.kernels.running_softmax import softmax_step
 from tessera.types import Tile, f32
 
 _LOG2_E = math.log2(math.e)
@@ -63,15 +64,8 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
             if window is not None and start <= place + rows - 1 - window:
                 ages = (tile.arange(rows) + place)[:, None] - (tile.arange(columns) + start)[None, :]
                 scores = tile.where(ages < window, scores, -float("inf"))
-            new_top = tile.maximum(top, tile.reduce_max(scores, axis=-1))
-            # A row that has seen only masked keys has -inf here, and -inf - -inf would be NaN.
-            safe_top = tile.where(new_top == -float("inf"), 0.0, new_top)
-            # The difference first: it is exactly 0 for the largest score, however large that is.
-            weights = tile.exp2((scores - safe_top[:, None]) * factor)
-            shrink = tile.exp2((top - safe_top) * factor)
-            total = total * shrink + tile.reduce_sum(weights, axis=-1)
+            weights, top, total, shrink = softmax_step(scores, top, total, factor, tile.exp2)
             result = result * shrink[:, None] + tile.mma(weights, tile.load(v[batch, shared, start:start + columns]))
-            top = new_top
         divisor = tile.where(total == 0.0, 1.0, total)
         tile.store(out[batch, head, first:first + rows], result / divisor[:, None])
         if lse is not None:

@@ -25,10 +25,23 @@ def _weights(scores, lse, place, start, causal, window):
     return tile.exp(tile.minimum(scores - safe_lse[:, None], 0.0))
 
 
-def _excess(grads, out, grad_lse):
-    """rowsum(dO O) - L of a block of rows, [M]."""
-    delta = tile.reduce_sum(tile.cast(grads, f32) * tile.cast(out, f32), axis=-1)
-    return delta if grad_lse is None else delta - grad_lse
+def _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows):
+    """What a block of queries brings: q and dO [M, D], the log-sum-exp and rowsum(dO O) - L [M]."""
+    queries = tile.load(q[batch, head, first:first + rows])
+    grads = tile.load(grad[batch, head, first:first + rows])
+    row_lse = tile.load(lse[batch, head, first:first + rows])
+    results = tile.load(out[batch, head, first:first + rows])
+    excess = tile.reduce_sum(tile.cast(grads, f32) * tile.cast(results, f32), axis=-1)
+    if grad_lse is not None:
+        excess = excess - tile.load(grad_lse[batch, head, first:first + rows])
+    return queries, grads, row_lse, excess
+
+
+def _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window):
+    """P and scale dS of a block of queries from `place` and keys from `start`, [M, N]."""
+    scores = tile.mma(queries, tile.transpose(keys)) * scale
+    weights = _weights(scores, row_lse, place, start, causal, window)
+    return weights, weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
 
 
 @kernel
@@ -63,16 +76,9 @@ def flash_attention_backward_kernel(
                 end = tile.minimum(end, start + columns + window - 1 + ctx.S - ctx.T)
             for head in tile.range(shared * group, shared * group + group):
                 for first in tile.range(begin, end, rows):
-                    queries = tile.load(q[batch, head, first:first + rows])
-                    grads = tile.load(grad[batch, head, first:first + rows])
-                    row_lse = tile.load(lse[batch, head, first:first + rows])
-                    row_grad = None
-                    if grad_lse is not None:
-                        row_grad = tile.load(grad_lse[batch, head, first:first + rows])
-                    scores = tile.mma(queries, tile.transpose(keys)) * scale
-                    weights = _weights(scores, row_lse, first + ctx.T - ctx.S, start, causal, window)
-                    excess = _excess(grads, tile.load(out[batch, head, first:first + rows]), row_grad)
-                    slopes = weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
+                    queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
+                    weights, slopes = _block(
+                        queries, grads, keys, values, row_lse, excess, scale, first + ctx.T - ctx.S, start, causal, window)
                     sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
                     sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
                     before = tile.load(grad_q[batch, head, first:first + rows])
@@ -98,13 +104,7 @@ def flash_attention_grad_q_kernel(
         first = block * rows
         place = first + ctx.T - ctx.S
         shared = head // (ctx.H // ctx.H_kv)
-        queries = tile.load(q[batch, head, first:first + rows])
-        grads = tile.load(grad[batch, head, first:first + rows])
-        row_lse = tile.load(lse[batch, head, first:first + rows])
-        row_grad = None
-        if grad_lse is not None:
-            row_grad = tile.load(grad_lse[batch, head, first:first + rows])
-        excess = _excess(grads, tile.load(out[batch, head, first:first + rows]), row_grad)
+        queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
         total = tile.zeros((rows, ctx.D), f32)
         begin, end = 0, ctx.T
         if window is not None:
@@ -114,9 +114,7 @@ def flash_attention_grad_q_kernel(
         for start in tile.range(begin, end, columns):
             keys = tile.load(k[batch, shared, start:start + columns])
             values = tile.load(v[batch, shared, start:start + columns])
-            scores = tile.mma(queries, tile.transpose(keys)) * scale
-            weights = _weights(scores, row_lse, place, start, causal, window)
-            slopes = weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
+            _, slopes = _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window)
             total = tile.mma(slopes, keys, total)
         tile.store(grad_q[batch, head, first:first + rows], total)
 
@@ -147,16 +145,9 @@ def flash_attention_grad_kv_kernel(
             end = tile.minimum(end, start + columns + window - 1 + ctx.S - ctx.T)
         for head in tile.range(shared * group, shared * group + group):
             for first in tile.range(begin, end, rows):
-                queries = tile.load(q[batch, head, first:first + rows])
-                grads = tile.load(grad[batch, head, first:first + rows])
-                row_lse = tile.load(lse[batch, head, first:first + rows])
-                row_grad = None
-                if grad_lse is not None:
-                    row_grad = tile.load(grad_lse[batch, head, first:first + rows])
-                scores = tile.mma(queries, tile.transpose(keys)) * scale
-                weights = _weights(scores, row_lse, first + ctx.T - ctx.S, start, causal, window)
-                excess = _excess(grads, tile.load(out[batch, head, first:first + rows]), row_grad)
-                slopes = weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
+                queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
+                weights, slopes = _block(
+                    queries, grads, keys, values, row_lse, excess, scale, first + ctx.T - ctx.S, start, causal, window)
                 sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
                 sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
         tile.store(grad_k[batch, shared, start:start + columns], sum_k)

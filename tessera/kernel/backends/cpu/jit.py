@@ -5,8 +5,9 @@ object bytes a `Library` with the addresses of its functions. Called by the back
 
 The optimiser runs a few of LLVM's passes, each once: the generator has chosen vectors, unrolling and the order of
 loops, so what is left is inlining, propagation of constants into helpers and the removal of what is computed twice.
-LLVM's own pipeline (-O1) takes five times as long and makes code of the same speed. Floating-point results do not
-depend on the passes: only `contract` is allowed.
+LLVM's own pipeline (-O1) takes five times as long and makes code of the same speed, and so does a higher level of its
+code generator, which takes a fifth longer. Floating-point results do not depend on the passes: only `contract` is
+allowed.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _linker() -> llvm.LLJIT:
 def _machine(target: Target) -> llvm.TargetMachine:
     _initialize()
     return llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=2, reloc="pic", codemodel="small", jit=True)
+        cpu=target.cpu, features=target.features, opt=1, reloc="pic", codemodel="small", jit=True)
 
 
 def _optimized(ir_text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
