@@ -27,7 +27,7 @@ import math
 import struct
 from collections.abc import Callable
 
-from tessera.kernel.backends.cpu.emit import F32, F64, I32, I64, Builder, Operand, Val, elem, lanes, vec
+from tessera.kernel.backends.cpu.emit import F32, F64, I32, I64, Builder, Val, elem, lanes, vec
 from tessera.kernel.backends.cpu.vmath_core import (
     add,
     at_least,
@@ -244,7 +244,7 @@ def erf(b: Builder, x: Val) -> Val:
     return with_sign(b, b.select(b.cmp("lt", a, 0.92), small, large), x)
 
 
-def _times_sigmoid(b: Builder, x: Operand, z: Val) -> Val:
+def _times_sigmoid(b: Builder, x: Val, z: Val) -> Val:
     """x / (1 + e^-z) from e = e^-|z|: x e / (1 + e) where z < 0, with one rounding where it is denormal."""
     y, s = _exp_tail(b, b.neg(b.abs(z)))
     negative = b.cmp("lt", z, 0.0)
@@ -257,7 +257,10 @@ def sigmoid(b: Builder, x: Val) -> Val:
     """1 / (1 + e^-x)."""
     if is_f64("sigmoid", x):
         return b.div(1.0, add(b, exp(b, b.neg(x)), 1.0))
-    return _times_sigmoid(b, 1.0, x)
+    # Both sides of the quotient times 2^-24: e^104, from where on the result is 0, would be beyond f32. Above 30 the
+    # power is lost in the sum.
+    p, k = _exp_reduced(b, at_most(b, at_least(b, b.neg(x), -30.0), 104.0))
+    return b.div(2.0**-24, b.fma(p, power_of_two(b, b.sub(k, 24)), 2.0**-24))
 
 
 def silu(b: Builder, x: Val) -> Val:
