@@ -77,8 +77,9 @@ def flash_attention_backward_kernel(
             for head in tile.range(shared * group, shared * group + group):
                 for first in tile.range(begin, end, rows):
                     queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
+                    place = first + ctx.T - ctx.S
                     weights, slopes = _block(
-                        queries, grads, keys, values, row_lse, excess, scale, first + ctx.T - ctx.S, start, causal, window)
+                        queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window)
                     sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
                     sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
                     before = tile.load(grad_q[batch, head, first:first + rows])
@@ -146,8 +147,9 @@ def flash_attention_grad_kv_kernel(
         for head in tile.range(shared * group, shared * group + group):
             for first in tile.range(begin, end, rows):
                 queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
+                place = first + ctx.T - ctx.S
                 weights, slopes = _block(
-                    queries, grads, keys, values, row_lse, excess, scale, first + ctx.T - ctx.S, start, causal, window)
+                    queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window)
                 sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
                 sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
         tile.store(grad_k[batch, shared, start:start + columns], sum_k)
