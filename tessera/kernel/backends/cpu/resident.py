@@ -284,15 +284,19 @@ def _emit_ladder(function: Function, shape: _Shape, dtype: DType) -> None:
     a, a_row, a_k, w, w_k, c, ldc, k, keep, rows = function.args
     done: Val = ZERO
     for size in shape.sizes(dtype):
-        kernel = b.module.helper(
-            f"product_{size}_{dtype.name}", VOID, _TILE_PARAMS,
-            lambda f, size=size: _emit_kernel(f, shape, dtype, size), inline=False)
+        kernel = _kernel(b, shape, dtype, size)
         last = b.sub(rows, b.urem(b.sub(rows, done), size)) if size > 1 else rows
         with b.for_(done, last, size) as row:
             x, out = b.gep(a, b.mul(row.i, a_row), F32), b.gep(c, b.mul(row.i, ldc), F32)
             b.call(kernel, x, a_row, a_k, w, w_k, out, ldc, k, keep)
         done = last
     b.ret()
+
+
+def _kernel(b: Builder, shape: _Shape, dtype: DType, rows: int) -> Function:
+    """The function for exactly so many rows."""
+    return b.module.helper(f"product_{rows}_{dtype.name}", VOID, _TILE_PARAMS,
+                           lambda function: _emit_kernel(function, shape, dtype, rows), inline=False)
 
 
 def _emit_kernel(function: Function, shape: _Shape, dtype: DType, rows: int) -> None:
