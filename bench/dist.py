@@ -2,8 +2,8 @@
 
     python bench/dist.py [--layers N] [--repetitions N]
 
-1. all_reduce on two ranks of this host: ours (shared memory; checks, watchdog and a new result included) beside
-   torch.distributed's own, in place, on a gloo group of the same processes, taking turns.
+1. all_reduce on two and on four ranks of this host: ours (shared memory; checks, watchdog and a new result included)
+   beside torch.distributed's own on a gloo group of the same processes, in place and with a new result, taking turns.
 2. Tokens a second of a model of SmolLM2's widths, TP 1 with two threads beside TP 2 with one each, at batch 1
    and 8, fast and deterministic; jobs of one and of two ranks take turns. Greedy tokens must be equal before
    anything is timed, and in the deterministic mode logits must be equal to the bit.
@@ -27,7 +27,7 @@ import tessera as ts
 from tessera.infer.decoding import Decoder
 
 SIZES = tuple(1 << bits for bits in range(10, 27, 2))  # bytes: 1 KiB to 64 MiB
-BATCHES = (1, 8)
+RANKS, BATCHES = (2, 4), (1, 8)
 PROMPT, STEPS, TURNS = 32, 16, 3
 
 
@@ -37,7 +37,7 @@ def config(n_layers: int) -> ts.GPTConfig:
 
 
 def collectives(repetitions: int) -> dict[str, Any]:
-    """Median seconds of one all_reduce, by size; the two take turns."""
+    """Median seconds of one all_reduce, by size; all take turns."""
     ts.init()
     mesh, out = ts.dist.mesh(), {}
     for size in SIZES:
@@ -45,9 +45,10 @@ def collectives(repetitions: int) -> dict[str, Any]:
         assert torch.equal(ts.dist.all_reduce(x, mesh), x * mesh.size())
         runs: dict[str, Callable[[], object]] = {
             "ours": functools.partial(ts.dist.all_reduce, x, mesh),
-            "gloo": functools.partial(torch_dist.all_reduce, place)}
+            "gloo": functools.partial(torch_dist.all_reduce, place),
+            "gloo new": lambda x=x: torch_dist.all_reduce(x.clone())}
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(3 * repetitions if size < 1 << 22 else repetitions):
+        for _ in range(2 * repetitions if size < 1 << 22 else repetitions):
             for name, run in runs.items():
                 times[name].append(_seconds(run, 50 if size < 1 << 20 else 3))
         out[str(size)] = {name: statistics.median(values) for name, values in times.items()}
@@ -100,10 +101,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
-    reduced = ts.dist.spawn(collectives, 2, options.repetitions, threads=1)[0]
-    print_table(("all_reduce, 2 ranks", "ours us", "gloo us", "gloo/ours", "ours GB/s"), [
-        (f"{int(size) >> 10} KiB", f"{t['ours'] * 1e6:.0f}", f"{t['gloo'] * 1e6:.0f}", f"{t['gloo'] / t['ours']:.2f}",
-         f"{int(size) / t['ours'] / 1e9:.2f}") for size, t in reduced.items()])
+    reduced = {}
+    for n in RANKS:
+        reduced[str(n)] = ts.dist.spawn(collectives, n, options.repetitions, threads=1)[0]
+        print_table((f"all_reduce, {n} ranks", "ours us", "gloo us", "gloo/ours", "with a new result", "ours GB/s"), [
+            (f"{int(size) >> 10} KiB", f"{t['ours'] * 1e6:.0f}", f"{t['gloo'] * 1e6:.0f}",
+             f"{t['gloo'] / t['ours']:.2f}", f"{t['gloo new'] / t['ours']:.2f}", f"{int(size) / t['ours'] / 1e9:.2f}")
+            for size, t in reduced[str(n)].items()])
     results = decode(options.layers, options.repetitions)
     print_table(("decode, tokens/s", "TP 1 x 2 threads", "TP 2 x 1 thread", "TP 2 / TP 1"), [
         (name, f"{found['tp1']:.1f}", f"{found['tp2']:.1f}", f"{found['tp2'] / found['tp1']:.2f}")

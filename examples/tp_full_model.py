@@ -6,14 +6,13 @@ Run: tessera launch --nproc 2 examples/tp_full_model.py [PATH]    (a model folde
 import sys
 
 import tessera as ts
-from tessera.infer.distributed import SPMDGeneration
 
 
 def main(path: str) -> None:
     ts.init()
     mesh = ts.dist.mesh()
     model = ts.dist.load_model(path, mesh=mesh)
-    generator = SPMDGeneration.build(
+    generator = ts.SPMDGeneration.build(
         model, ts.load_tokenizer(path), {"do_sample": False, "max_new_tokens": 12}, batch_size=1, max_length=512)
     for piece in generator.stream("The capital of France is"):
         if mesh.rank == 0:  # every rank has the text; one prints it

@@ -40,6 +40,7 @@ _PUBLIC: dict[str, str] = {
     **dict.fromkeys(("init", "all_gather", "mesh_reduce", "ring_exchange", "Mesh", "MeshTensor"), "tessera.dist"),
     "create_model_mesh": "tessera.models.gpt_plan", "NVL72Optimizer": "tessera.plan.nvl72",
     "load_tokenizer": "tessera.data.tokenizer", "GPTInference": "tessera.infer.engine",
+    "SPMDGeneration": "tessera.infer.distributed",
 }
 _SUBMODULES = (
     "types", "errors", "env", "kernel", "function", "ops", "op", "nn", "dist", "models", "data", "checkpoint", "infer",

@@ -69,13 +69,18 @@ def refuse_gradient(x: Tensor, n_ranks: int) -> Tensor:
     The ranks' parts of a gradient would be added in a tree over ranks, which one device does not have.
     """
     def refuse(_: Tensor) -> None:
-        raise UnsupportedError(
-            f"deterministic: gradients of a model cut over {n_ranks} tensor-parallel ranks are not the same bits as "
-            "those of a whole one; spread samples over data-parallel ranks (dist.GradientTree), or leave the mode")
+        raise gradients_refused(n_ranks)
 
     if x.requires_grad:
         x.register_hook(refuse)
     return x
+
+
+def gradients_refused(n_ranks: int) -> UnsupportedError:
+    """Why there are no gradients of what n_ranks compute together."""
+    return UnsupportedError(
+        f"deterministic: gradients of a model cut over {n_ranks} tensor-parallel ranks are not the same bits as "
+        "those of a whole one; spread samples over data-parallel ranks (dist.GradientTree), or leave the mode")
 
 
 def row_parallel_linear(
@@ -118,7 +123,7 @@ def leaf_ranges(blocks: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, 
     if not set(ends) <= set(edges):
         raise UnsupportedError(
             f"deterministic: {len(sizes)} ranks cut {edges[-1]} columns at {ends[1:-1]}, which does not fall between "
-            f"the {len(blocks)} blocks of the fixed tree; expected a mesh of at most {len(blocks)} ranks")
+            f"the {len(blocks)} blocks of the fixed tree; expected ranks that share the blocks (1, 2, 4 or 8 do)")
     places = [edges.index(end) for end in ends]
     return list(itertools.pairwise(places))
 

@@ -7,7 +7,7 @@ them prints it.
     ts.init()
     mesh = ts.dist.mesh(4)
     model = ts.dist.load_model(path, mesh=mesh)
-    generator = SPMDGeneration.build(model, ts.load_tokenizer(path), {"max_new_tokens": 32})
+    generator = ts.SPMDGeneration.build(model, ts.load_tokenizer(path), {"max_new_tokens": 32})
     text = generator.run("The capital of France is").text
 """
 

@@ -157,10 +157,12 @@ class GPTModel(nn.Module):
 
         Raises:
             InputError, ShapeError: as for a forward pass; or targets that do not fit.
+            UnsupportedError: in the deterministic mode, for gradients of a model that is cut over ranks.
         """
         if targets.shape != input_ids.shape:
             raise ShapeError(f"targets: {tuple(targets.shape)} given; expected {tuple(input_ids.shape)}, a target for "
                              "each token")
+        gpt_plan.check_gradients(self)
         x_BSM = self.final_norm(self._hidden(input_ids, attention_mask, None, None))
         head = self.embed if self.lm_head is None else self.lm_head
         is_plain = type(head) in (Embedding, Linear) and not getattr(head, "is_quantized", False)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera import dist, ops
-from tessera.dist.deterministic import check_cuts, refuse_gradient, row_parallel_linear
+from tessera.dist.deterministic import check_cuts, gradients_refused, refuse_gradient, row_parallel_linear
 from tessera.dist.spec import even_sizes
 from tessera.errors import InputError, UnsupportedError
 from tessera.kernel.recording import is_recording
@@ -114,14 +114,12 @@ def _deal_heads(n_heads: int, n_kv_heads: int, n_ranks: int) -> list[tuple[Cut, 
 
 
 def _ffn_sizes(d_ffn: int, n_ranks: int) -> tuple[int, ...]:
-    """As even as can be; between the blocks of ops.even_blocks when there are enough of them."""
-    blocks, sizes, first = ops.even_blocks(d_ffn), [], 0
-    if n_ranks > len(blocks):
+    """Whole blocks of ops.even_blocks where all ranks get as many (1, 2, 4 and 8), else as even as can be."""
+    blocks = ops.even_blocks(d_ffn)
+    count, rest = divmod(len(blocks), n_ranks)
+    if rest or not count:
         return even_sizes(d_ffn, n_ranks)
-    for count in even_sizes(len(blocks), n_ranks):
-        sizes.append(sum(blocks[first: first + count]))
-        first += count
-    return tuple(sizes)
+    return tuple(sum(blocks[first: first + count]) for first in range(0, len(blocks), count))
 
 
 def shard(model: Any, mesh: dist.Mesh) -> None:
@@ -170,6 +168,17 @@ def _check_mode(model: nn.Module, *_: Any) -> None:
         check_cuts(model)
 
 
+def check_gradients(model: Any) -> None:
+    """Refuse a loss in the deterministic mode that ranks would compute together, if gradients may be asked of it.
+
+    Raises:
+        UnsupportedError: as said.
+    """
+    n_ranks = model.mesh.size(AXIS) if model.mesh is not None and model.mesh.has_axis(AXIS) else 1
+    if n_ranks > 1 and is_invariant() and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        raise gradients_refused(n_ranks)
+
+
 def create_model_mesh(config: GPTConfig) -> dist.Mesh:
     """The mesh that a configuration asks for: pp_size x dp_size x tp_size ranks, on the axes MESH_AXES.
 
@@ -193,8 +202,8 @@ def common_seed(mesh: dist.Mesh) -> int | None:
 def _check_mesh(config: GPTConfig, mesh: dist.Mesh) -> int:
     for axis in mesh.axes:
         if axis == "pp" and mesh.size("pp") > 1:
-            raise UnsupportedError(f"mesh: pipeline axis of {mesh.size('pp')} given; pipelines are built by train, "
-                                   "from whole models")
+            raise UnsupportedError(f"mesh: pipeline axis of {mesh.size('pp')} given; models are cut over 'tp' alone "
+                                   "(pipelines are made of whole models); expected 'pp' of size 1")
     n_ranks = mesh.size(AXIS) if mesh.has_axis(AXIS) else 1
     if config.tp_size not in (1, n_ranks):
         raise InputError(f"mesh: {n_ranks} devices on axis {AXIS!r} given; the configuration has "

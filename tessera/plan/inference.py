@@ -62,8 +62,7 @@ def inference_time(config: GPTConfig, layout: Layout, run: InferenceRun, machine
     Raises:
         InputError: the model cannot be cut this way, or the context is too long for it.
     """
-    layout.check(config)
-    run.check(config)
+    layout.check(config, run)
     rows, middle = run.rows(layout), run.prompt + run.new_tokens / 2
     keys = sum(min(config.window(layer) or middle, middle) for layer in range(config.n_layers)) / config.n_layers
     cache = kv_cache_bytes(config, layout, rows=rows, context=1) * keys * layout.pp

@@ -61,12 +61,14 @@ class Layout:
         """The axes for a reader."""
         return f"tp={self.tp}, pp={self.pp}, dp={self.dp}"
 
-    def check(self, config: GPTConfig) -> None:
-        """Refuse a model that cannot be cut this way.
+    def check(self, config: GPTConfig, run: TrainingRun | InferenceRun | None = None) -> None:
+        """Refuse a model that cannot be cut this way, and a run that it cannot take.
 
         Raises:
-            InputError: fewer heads, neurons or tokens than tp, or fewer layers than pipeline pieces.
+            InputError: fewer heads, neurons or tokens than tp, or fewer layers than pipeline pieces; see run.check.
         """
+        if run is not None:
+            run.check(config)
         for name in ("n_heads", "d_ffn", "vocab_size"):
             if self.tp > getattr(config, name):
                 raise InputError(f"tp: {self.tp} given; every rank needs its own part, and {name} is "
@@ -124,6 +126,10 @@ class TrainingRun:
             raise InputError(f"global_batch: {self.global_batch} given; expected a multiple of dp x micro_batch = "
                              f"{layout.dp} x {self.micro_batch}")
         return self.global_batch // part
+
+    def activation_bytes(self, config: GPTConfig) -> float:
+        """A micro-batch's tensor of the residual stream."""
+        return self.micro_batch * self.seq_len * config.d_model * config.compute.bits / 8
 
     def check(self, config: GPTConfig) -> None:
         """Refuse sequences that the model cannot take.

@@ -98,8 +98,7 @@ def training_memory(config: GPTConfig, layout: Layout, run: TrainingRun, machine
     Raises:
         InputError: the model or the batch cannot be cut this way.
     """
-    layout.check(config)
-    run.check(config)
+    layout.check(config, run)
     stages = {0, layout.pp - 1}
     return max((_stage_memory(config, layout, run, machine, stage) for stage in stages), key=lambda m: m.total)
 
@@ -153,8 +152,7 @@ def inference_memory(config: GPTConfig, layout: Layout, run: InferenceRun, machi
     Raises:
         InputError: the model cannot be cut this way, or the context is too long for it.
     """
-    layout.check(config)
-    run.check(config)
+    layout.check(config, run)
     share, e, rows = Share.of(config, layout.tp), config.compute.bits // 8, run.rows(layout)
     tokens = max(rows, run.prompt)
     width = 4 * config.d_model + (share.heads + 2 * share.kv_heads) * config.d_head + 3 * share.ffn

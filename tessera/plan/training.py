@@ -92,8 +92,7 @@ def training_time(config: GPTConfig, layout: Layout, run: TrainingRun, machine: 
     Raises:
         InputError: the model or the batch cannot be cut this way, or the machine lacks the type.
     """
-    layout.check(config)
-    run.check(config)
+    layout.check(config, run)
     n_micro = run.n_micro(layout)
     layers = _layer_time(config, layout, run, machine).scaled(stage_layers(config, layout))
     per_pass = layers.plus(StepTime(pipeline_comm=_stage_sends(config, layout, run, machine)))
@@ -128,8 +127,7 @@ def _layer_time(config: GPTConfig, layout: Layout, run: TrainingRun, machine: Ma
 
 def _tensor_reduce(config: GPTConfig, layout: Layout, run: TrainingRun, machine: Machine) -> float:
     """Visible seconds of an all-reduce of a micro-batch's activations."""
-    n_bytes = run.micro_batch * run.seq_len * config.d_model * config.compute.bits / 8
-    seconds = all_reduce_time(n_bytes, group_of("tp", layout, machine), machine)
+    seconds = all_reduce_time(run.activation_bytes(config), group_of("tp", layout, machine), machine)
     return seconds / layout.tp if run.overlap_tp else seconds
 
 
@@ -144,7 +142,7 @@ def _head_time(config: GPTConfig, layout: Layout, run: TrainingRun, machine: Mac
 
 def _stage_sends(config: GPTConfig, layout: Layout, run: TrainingRun, machine: Machine) -> float:
     """Activations to the next stage and gradients back, once a piece; tensor-parallel ranks send a part each."""
-    n_bytes = run.micro_batch * run.seq_len * config.d_model * config.compute.bits / 8 / layout.tp
+    n_bytes = run.activation_bytes(config) / layout.tp
     return 2 * layout.virtual_stages * send_time(n_bytes, group_of("pp", layout, machine), machine)
 
 

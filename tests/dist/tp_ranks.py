@@ -101,6 +101,10 @@ def forward(shapes: list[str], seed: int, is_deterministic: bool) -> dict[str, A
                 with pytest.raises(ts.errors.UnsupportedError, match=f"model cut over {mesh.size()} tensor-parallel"):
                     gradients(model, tokens)
                 assert all(p.grad is None for p in model.parameters())
+                with pytest.raises(ts.errors.UnsupportedError, match=f"model cut over {mesh.size()} tensor-parallel"):
+                    model.loss(tokens, tokens)  # at once
+                with torch.no_grad():
+                    out["loss"] = model.loss(tokens, tokens)
             else:
                 out["gradients"] = gradients(model, tokens)
             found[shape] = out

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import tessera as ts
-from tessera.infer.distributed import SPMDGeneration
 from tessera.kernel import recording
 from tessera.models import hub
 
@@ -20,7 +19,7 @@ def on_ranks(path: str) -> dict:
     mesh = ts.dist.mesh(2)
     model = ts.dist.load_model(path, mesh=mesh)
     tokenizer = ts.load_tokenizer(path)
-    generator = SPMDGeneration.build(
+    generator = ts.SPMDGeneration.build(
         model, tokenizer, {"do_sample": False, "max_new_tokens": 8}, batch_size=2, max_length=64)
     ids = torch.tensor([tokenizer.encode(PROMPTS[0])])
     with torch.no_grad():
@@ -28,7 +27,7 @@ def on_ranks(path: str) -> dict:
         with ts.dist.deterministic(reduce_tree="fixed"):
             exact = model(ids)["logits"]
     return {"one": generator.run(PROMPTS[0]), "two": generator.run(PROMPTS), "logits": logits, "exact": exact,
-            "stream": list(SPMDGeneration.stream(generator, PROMPTS[0])),
+            "stream": list(ts.SPMDGeneration.stream(generator, PROMPTS[0])),
             "nbytes": sum(p.nbytes for p in model.parameters())}
 
 
@@ -49,8 +48,8 @@ def test_smollm2_on_two_ranks():
     for result in ts.dist.spawn(on_ranks, 2, str(path)):
         assert [generated.text for generated in result["two"]] == expected
         assert result["one"].text == expected[0] == "".join(result["stream"])
-        # Logits are around 20; 1e-5 of that is what sums in another order leave.
-        torch.testing.assert_close(result["logits"], logits, rtol=1e-5, atol=2e-4)
+        # Sums in another order leave 3e-6 of the largest logit, which is above 20 (docs/determinism.md).
+        assert float((result["logits"] - logits).abs().max()) <= 1e-5 * float(logits.abs().max())
         assert torch.equal(result["exact"], exact)
         assert result["nbytes"] < 0.6 * whole
 
@@ -86,8 +85,8 @@ def test_ranks_agree_whether_they_record():
 def test_options_that_do_not_fit_are_refused():
     model = ts.GPTModel(ts.GPTConfig(n_layers=1, n_heads=2, d_model=8, d_ffn=8, max_seq_len=16, vocab_size=32))
     with pytest.raises(ts.InputError, match="batch_size: 0 given"):
-        SPMDGeneration.build(model, None, batch_size=0)
+        ts.SPMDGeneration.build(model, None, batch_size=0)
     with pytest.raises(ts.InputError, match=r"max_length: 17 given; expected 2..16"):
-        SPMDGeneration.build(model, None, max_length=17)
+        ts.SPMDGeneration.build(model, None, max_length=17)
     with pytest.raises(ts.InputError, match=r"prompt: 2 given; expected 1..1"):
-        SPMDGeneration.build(model, None).run(["a", "b"])
+        ts.SPMDGeneration.build(model, None).run(["a", "b"])

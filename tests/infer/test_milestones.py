@@ -13,7 +13,6 @@ from torch import Tensor
 
 import tessera as ts
 from tessera.data.tokenizer import Tokenizer
-from tessera.infer.distributed import SPMDGeneration
 
 RANKS, LAYERS = 4, 3
 CONFIG = ts.GPTConfig(
@@ -45,7 +44,7 @@ def on_rank(path: str) -> dict:
     ts.init(timeout=60)
     model = ts.dist.load_model(path, mesh=ts.dist.mesh(RANKS))
     tokenizer = ts.load_tokenizer(path)
-    generator = SPMDGeneration.build(model, tokenizer, OPTIONS, batch_size=2, max_length=64)
+    generator = ts.SPMDGeneration.build(model, tokenizer, OPTIONS, batch_size=2, max_length=64)
     found = {**layers(model), **tokens(model, tokenizer), "texts": [generator.run(prompt).text for prompt in PROMPTS],
              "batch": [each.text for each in generator.run(PROMPTS)], "stream": list(generator.stream(PROMPTS[0]))}
     with ts.dist.deterministic(reduce_tree="fixed"):
