@@ -24,6 +24,7 @@ from tessera.kernel.backends.cpu.matmul import lower_mma, store_products
 from tessera.kernel.backends.cpu.reductions import reduce, scan
 from tessera.kernel.backends.cpu.sorting import sort
 from tessera.kernel.backends.cpu.stores import store_groups
+from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Block, Function, Op
 
 _SCALAR = ir.ELEMENTWISE | {"rand"}
@@ -234,18 +235,26 @@ def _store_together(ctx: Context, stores: list[Op], type_: ir.TileTy) -> None:
 def _store_parts(ctx: Context, memory: Memory, joined: ir.Value, type_: ir.TileTy) -> None:
     """A concatenation, each part to its place; at every point all parts are computed before one is stored."""
     assert joined.op is not None
-    parts, axis = joined.op.operands, joined.op.attrs["axis"]
-    places = []
-    for number in range(len(parts)):
-        start = [emit.const(0, I64)] * type_.rank
-        start[axis] = ctx.size(number * parts[0].type.shape[axis])
-        places.append(Memory(memory.address(ctx.b, start), memory.strides, memory.dtype))
+    parts, axis = list(joined.op.operands), joined.op.attrs["axis"]
+    if parts[-1].type != parts[0].type:
+        last = parts.pop()
+        place = _part(ctx, memory, axis, len(parts) * parts[0].type.shape[axis])
+        sweep(ctx, ir.TileTy(last.type.shape, type_.dtype, type_.valid), [last],
+              lambda point: store(ctx, place, point, element(ctx, last, point)))
+    places = [_part(ctx, memory, axis, number * parts[0].type.shape[axis]) for number in range(len(parts))]
 
     def body(point: Point) -> None:
         for place, x in zip(places, [element(ctx, part, point) for part in parts]):
             store(ctx, place, point, x)
 
     sweep(ctx, ir.TileTy(parts[0].type.shape, type_.dtype, type_.valid), parts, body)
+
+
+def _part(ctx: Context, memory: Memory, axis: int, offset: Dim) -> Memory:
+    """Memory from an offset along an axis on."""
+    start = [emit.const(0, I64)] * len(memory.strides)
+    start[axis] = ctx.size(offset)
+    return Memory(memory.address(ctx.b, start), memory.strides, memory.dtype)
 
 
 def _store_type(view: ir.Value, value: ir.Value) -> ir.TileTy:

@@ -62,7 +62,7 @@ def _left_operands(body: Block, depth: dict[str, int]) -> set[str]:
 
 
 def joined(function: Function) -> set[str]:
-    """Names of concatenations of equal parts that a store alone reads: it computes all parts in one loop.
+    """Names of concatenations that a store alone reads: it computes all equal parts in one loop.
 
     A part is stored only after all parts of its point have been read, so that `x` may be rotated in place.
     """
@@ -74,9 +74,20 @@ def joined(function: Function) -> set[str]:
             made = stored_value(op).op
             if made is not None and made.name == "concat" and uses[made.result.name] == 1 and \
                     uses[op.operands[1].name] == 1 and op.operands[0].type.valid[made.attrs["axis"]] is None and \
-                    all(part.type == made.operands[0].type for part in made.operands):
+                    _has_equal_parts(made):
                 found.add(made.result.name)
     return found
+
+
+def _has_equal_parts(concat: Op) -> bool:
+    """Whether the parts are equal, but for a last one that only copies: the entries that a rotation leaves alone."""
+    *parts, last = concat.operands
+    if parts and last.type != parts[0].type:
+        while last.op is not None and last.op.name in ("cast", "slice"):
+            last = last.op.operands[0]
+        if last.op is None or last.op.name != "load":
+            return False
+    return all(part.type == parts[0].type for part in parts)
 
 
 def _weights(body: Block) -> set[str]:
