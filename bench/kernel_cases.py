@@ -71,10 +71,12 @@ def gemm_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
 
 
 def quantized_cases(quick: bool) -> Iterator[Case]:
-    """Skinny products with weights in 8 and 4 bits, beside torch's f32 product of the same shape."""
+    """Skinny products with weights in 8 and 4 bits, beside torch's f32 product of the same shape; the activations in
+    f32, and rounded to 8 bits (by rows, or by the groups of the weights)."""
     shapes = [(576, 1536)] if quick else [(1536, 576), (576, 1536), (49152, 576), (4096, 4096)]
     for kind, m, (n, k) in product(("int8", "q8_0", "q4_0", "q4_1"), (1, 8), shapes):
         yield _quantized(kind, m, n, k)
+        yield _quantized(kind, m, n, k, rounded=True)
 
 
 def attention_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
@@ -184,7 +186,7 @@ def _linear(name: str, dtype: torch.dtype, m: int, n: int, k: int) -> Case:
         floor=_move([weight], None) if m <= 32 else None)
 
 
-def _quantized(kind: str, m: int, n: int, k: int) -> Case:
+def _quantized(kind: str, m: int, n: int, k: int, *, rounded: bool = False) -> Case:
     x, out, dense = torch.randn(m, k), torch.empty(m, n), torch.randn(n, k)
     groups = k // GROUP
     quants = torch.randint(-128, 128, (n, k), dtype=torch.int8) if kind in ("int8", "q8_0") else \
@@ -199,15 +201,32 @@ def _quantized(kind: str, m: int, n: int, k: int) -> Case:
         "q4_0": lambda: kernels.int4_linear_kernel(x, quants, scale, None, out),
         "q4_1": lambda: kernels.int4_linear_kernel(x, quants, scale, minimum, out),
     }
+    in_int8: dict[str, Callable[[], None]] = {
+        "int8": lambda: kernels.int8_rows_kernel(x, quants, scale, out),
+        "q8_0": lambda: kernels.int8_group_product_kernel(x, quants, scale, out),
+        "q4_0": lambda: kernels.int4_product_kernel(x, quants, scale, None, out),
+        "q4_1": lambda: kernels.int4_product_kernel(x, quants, scale, minimum, out),
+    }
 
     def expected() -> Tensor:
         grouped = numbers.reshape(n, -1, k // (scale.numel() // n)) * scale.double().reshape(n, -1, 1)
-        return x.double() @ (grouped if minimum is None else grouped + minimum.double()[..., None]).reshape(n, k).T
+        weight = (grouped if minimum is None else grouped + minimum.double()[..., None]).reshape(n, k)
+        return (_rounded(x, k if kind == "int8" else GROUP) if rounded else x.double()) @ weight.T
 
+    name = f"{kind} x int8" if rounded else kind
     return Case(
-        group=f"{kind} weights M={m}", label=f"linear {kind} {m}x{n}x{k}", out=out, goal=1.5, ours=ours[kind],
+        group=f"{name} weights M={m}", label=f"linear {name} {m}x{n}x{k}", out=out, goal=1.5,
+        ours=(in_int8 if rounded else ours)[kind],
         eager=lambda: F.linear(x, dense), expected=expected, floor=_move([quants], None), flops=2.0 * m * n * k,
         bytes=quants.nbytes + scale.nbytes + (0 if minimum is None else minimum.nbytes))
+
+
+def _rounded(x: Tensor, group: int) -> Tensor:
+    """x to the nearest multiples of max|x| / 127 of each group of a row, in float64."""
+    groups = x.unflatten(-1, (-1, group))
+    step = groups.abs().amax(-1, keepdim=True) / 127  # in f32, as the kernels do
+    codes = (groups / step if group == x.shape[-1] else groups * (1 / step)).round()
+    return (codes.double() * step.double()).flatten(-2)
 
 
 def _attention(name: str, dtype: torch.dtype, heads: int, kv_heads: int, length: int, width: int) -> Case:

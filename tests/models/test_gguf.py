@@ -159,6 +159,19 @@ def test_weights_stay_quantized(tmp_path, family, type):
     torch.testing.assert_close(dict(again.named_parameters()), dict(whole.named_parameters()), rtol=1e-6, atol=1e-7)
 
 
+def test_activations_in_8_bits(tmp_path):
+    save_gguf(block_model("llama"), tmp_path / "x.gguf", "Q4_1")
+    exact, rounded = (ts.load_model(tmp_path / "x.gguf", keep_quantized=True, activations=a) for a in (None, "int8"))
+    assert rounded.embed.activations == rounded.blocks[1].mlp.down_proj.activations == "int8"
+    ids = torch.randint(0, exact.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(1))
+    expected, actual = logits(exact, ids), logits(rounded, ids)
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.05
+    for given in ({"activations": "int8"}, {"activations": "fp8", "keep_quantized": True}):
+        with pytest.raises(ts.InputError, match=r"activations: .* given; expected 'int8', with keep"):
+            ts.load_model(tmp_path / "x.gguf", **given)
+
+
 def test_blocks_are_not_cut():
     with pytest.raises(UnsupportedError, match="keep_quantized: given with a mesh of 2 ranks"):
         ts.load_model(ts.hub.smollm2(), keep_quantized=True, mesh=ts.dist.Mesh(axes=["tp"], devices=range(2)))
