@@ -198,16 +198,16 @@ class _Writer:
         shapes, middle = dict(known.shapes), known.middle
         axes: dict[tuple[str, int], str] = {}
         loose: list[str] = []
-        for v, spec in specs.items():
+        for n, (v, spec) in enumerate(specs.items()):
             if spec.dims is None:
                 continue
             layout = (spec.dims, spec.ellipsis, spec.broadcast)
             if layout in shapes and not spec.broadcast:
                 conditions.append(f"{v}.shape != {shapes[layout]}")
                 continue
-            shape = shapes[layout] = f"_ts_{tag}_{len(axes)}_shape"
+            shape = shapes[layout] = f"_ts_{tag}_{n}_shape"
             lines.append(f"{shape} = {v}.shape")
-            here = [f"_ts_{tag}_{len(axes) + i}" for i in range(len(spec.dims))]
+            here = [f"_ts_{tag}_{n}_{i}" for i in range(len(spec.dims))]
             axes.update({(v, i): name for i, name in enumerate(here)})
             lines += _unpack(shape, here, spec.ellipsis)
             if spec.ellipsis is not None:

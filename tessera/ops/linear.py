@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from tessera.function.decorator import function
 from tessera.function.precision import active_precision
 from tessera.ops.invariant import block_products, is_invariant, tree_sum
 from tessera.ops.kernels import linear_kernel
@@ -19,16 +19,18 @@ from tessera.ops.kernels.casted_linear import casted_linear_kernel
 from tessera.ops.layout import widen
 from tessera.ops.matmul import has_products_of, matmul_op
 from tessera.ops.quantize import dequantize_rows
-from tessera.ops.registration import Operation, is_recording, wants_reference
+from tessera.ops.registration import Operation, is_readable, is_recording, wants_reference
+from tessera.types import Tensor, floating
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEW_ROWS = 16  # up to here a product on the CPU is bound by the reading of the weight
 
 
+@function
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None,
-    blocks: tuple[int, ...] | None = None,
-) -> Tensor:
+    x: Tensor["...", "I", floating], weight: Tensor["O", "I"], bias: Tensor["O", floating] | None = None,
+    scale: Tensor["O", floating] | None = None, blocks: tuple[int, ...] | None = None,
+) -> Tensor["...", "O"]:
     """x @ weight^T + bias, with sums in f32; inside `ts.precision`, in its types.
 
     Args:
@@ -40,6 +42,9 @@ def linear(
 
     Returns:
         [..., O] in x's dtype.
+
+    Raises:
+        ShapeError: the shapes do not fit.
     """
     active = active_precision()
     if active is not None and active.is_native:
@@ -67,7 +72,7 @@ def _kernel_pays(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
     speed; weights of other types go to registers as they are stored; and where the processor has no instructions
     for products of bf16 or f16, torch emulates them at a hundredth of the speed of f32.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor or not x.numel() or wants_reference():
+    if not is_readable(x) or not x.numel() or wants_reference():
         return False
     if active_precision() is not None:  # torch's products follow it
         return False

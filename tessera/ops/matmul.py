@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tessera.errors import ShapeError, UnsupportedError
+from tessera.function.decorator import function
 from tessera.function.precision import active_precision
 from tessera.ops.kernels.gemm import batched_gemm_kernel, gemm_kernel, gemm_transposed_kernel, linear_kernel
 from tessera.ops.registration import Operation
-from tessera.types import DType, dtype_of
+from tessera.types import DType, Tensor, dtype_of
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -62,14 +62,13 @@ def matmul(
     return torch.matmul(a.to(sums), b.to(sums)).to(result)
 
 
-def gemm(a: Tensor, b: Tensor) -> Tensor:
+@function
+def gemm(a: Tensor["...", "K"], b: Tensor["K", "N"]) -> Tensor["...", "N"]:
     """a @ b of [..., K] and a matrix [K, N], with sums in f32 (f64 for f64, int32 for int8); see `matmul`.
 
     Raises:
         ShapeError: b is no matrix that fits.
     """
-    if b.dim() != 2:
-        raise ShapeError(f"b: {list(b.shape)} given; expected a matrix [K, N]")
     return matmul(a, b)
 
 
