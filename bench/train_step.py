@@ -1,18 +1,18 @@
 """One training step of a Llama shape with 17 million parameters, beside transformers under torch.compile.
 
-    python bench/train_step.py [--dtype bf16|f32|both] [--repetitions N] [--curve STEPS] [--rows N]
+    python bench/train_step.py [--dtype bf16|f32|both] [--repetitions N] [--curve STEPS] [--twin] [--rows N]
 
 d_model 384, 8 layers, 6 heads, d_ffn 1024, vocabulary 8192 (tied), batch 8 x 256; f32 weights, AdamW, gradients clipped
 to norm 1. Each library computes in each type: tessera by `compute_dtype`, transformers compiled (inductor), in bf16
 under autocast. Each has a process of its own; they take turns. All start from the same weights and see the same
 batches, cut from the sources of Python's standard library; the losses of the first STEPS steps must agree before
-anything is timed.
+anything is timed. First steps are those of a fresh process that finds compiled code on disk, unless `--cold`.
 
 Where the processor has no instructions for products of bf16, torch emulates them, and a step of transformers in bf16
 takes minutes: it is then timed by one step of one row of the batch, and its losses are not compared.
 
-Curves agree when they are as close as two runs of one program whose weights differ by a rounding: such runs drift
-apart by a few tenths of a percent a step, which the mean over many steps does not (`--twin` measures it).
+Curves agree when the first steps do, and the rest is as close as the curves of two runs of one program whose weights
+differ by a rounding (`--twin` trains the second one): training amplifies roundings, so that single steps drift apart.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import statistics
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ CONFIG = ts.GPTConfig(
     family="llama", n_layers=8, n_heads=6, n_kv_heads=6, d_model=384, d_ffn=1024, vocab_size=8192, max_seq_len=256,
     tie_embeddings=True)
 BATCH, SEQ_LEN = 8, 256
-LEARNING_RATE, CLIP = 1e-3, 1.0
-# Relative to the reference's losses: of the largest difference at a step, and of the mean over the last half.
-AGREEMENT = {"f32": (2e-2, 2e-3), "bf16": (3e-2, 5e-3)}
+LEARNING_RATE, CLIP = 3e-4, 1.0
+EARLY = 20  # steps whose losses must agree one by one
+AGREEMENT = {"f32": 1e-3, "bf16": 3e-2}  # of each early loss, relative
+# Of all losses: root mean square of the relative differences, and their mean over the last half. A twin's, measured
+# over 200 steps of 2 x 256 tokens: 1.2% and 0.9%.
+SPREAD, DRIFT = 1.5e-2, 1e-2
 LIBRARIES = ("tessera", "transformers")
 
 
@@ -133,8 +137,8 @@ class System:
         return seconds
 
 
-def check_losses(systems: list[System], n_steps: int) -> dict[str, tuple[float, float]]:
-    """Train all for n_steps; (largest, mean) distance of their curves from the first system's, or the end."""
+def check_losses(systems: list[System], n_steps: int) -> dict[str, dict[str, float]]:
+    """Train all for n_steps; how far their curves are from the first system's, or the end."""
     for done in range(1, n_steps):
         for system in systems:
             system.step()
@@ -143,18 +147,27 @@ def check_losses(systems: list[System], n_steps: int) -> dict[str, tuple[float, 
     expected, distances, is_close = torch.tensor(systems[0].losses), {}, True
     for system in systems[1:]:
         off = (torch.tensor(system.losses) - expected) / expected
-        largest, mean = off.abs().max().item(), off[n_steps // 2:].mean().abs().item()
-        distances[system.name] = largest, mean
+        early, spread = off[:EARLY].abs().max().item(), off.square().mean().sqrt().item()
+        drift = off[n_steps // 2:].mean().abs().item()
+        distances[system.name] = {"early": early, "spread": spread, "drift": drift}
         print(f"{n_steps} losses of {system.name} beside {systems[0].name} ({expected[0]:.3f} -> {expected[-1]:.3f}): "
-              f"at most {largest:.2%} apart at a step, {mean:.3%} in the mean of the last half", flush=True)
-        most = AGREEMENT[system.dtype]
-        is_close = is_close and largest <= most[0] and mean <= most[1]
+              f"early ones at most {early:.3%} apart, all {spread:.2%} (RMS), mean of the last half {drift:.2%}",
+              flush=True)
+        is_close = is_close and early <= AGREEMENT[system.dtype] and spread <= SPREAD and drift <= DRIFT
     if not is_close:
-        raise SystemExit(f"losses differ: expected at most {AGREEMENT} at a step and in the mean")
+        raise SystemExit(f"losses differ: expected {AGREEMENT} early, {SPREAD} RMS, {DRIFT} in the mean")
     return distances
 
 
-def measure(systems: list[System], options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def fill_caches(arguments: Sequence[Sequence[str]]) -> None:
+    """One step of each in a process that ends: compiled code is on disk then, of kernels and of inductor."""
+    for given in arguments:
+        worker = Worker(__file__, ["--worker", *given])
+        worker.ask("step")
+        worker.close()
+
+
+def measure(systems: list[System], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """First steps, losses and times of all systems, by turns; the distances of their curves."""
     for system in systems:
         system.first_step = system.step()
@@ -189,6 +202,7 @@ def main() -> None:
     parser.add_argument("--curve", type=int, default=20, metavar="STEPS", help="steps whose losses are compared")
     parser.add_argument("--rows", type=int, default=BATCH, help=f"sequences of a batch (default {BATCH})")
     parser.add_argument("--twin", action="store_true", help="also train tessera with its weights off by a rounding")
+    parser.add_argument("--cold", action="store_true", help="do not fill the caches of compiled code first")
     parser.add_argument("--worker", nargs=4, metavar=("LIBRARY", "FOLDER", "DTYPE", "ROWS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -200,14 +214,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         ts.save_model(ts.GPTModel(CONFIG), f"{folder}/model")
-        systems = []
+        arguments = []
         for dtype, library in itertools.product(dtypes, libraries):
-            if library == "twin" and dtype != dtypes[0]:
-                continue
             is_emulated = library == "transformers" and dtype == "bf16" and not has_products_of(torch.bfloat16)
-            rows = 1 if is_emulated else options.rows
-            worker = Worker(__file__, ["--worker", library, f"{folder}/model", dtype, str(rows)])
-            systems.append(System(library=library, dtype=dtype, rows=rows, worker=worker))
+            if library != "twin" or dtype == dtypes[0]:
+                arguments.append((library, f"{folder}/model", dtype, "1" if is_emulated else str(options.rows)))
+        if not options.cold:
+            fill_caches(arguments)
+        systems = [System(library=given[0], dtype=given[2], rows=int(given[3]),
+                          worker=Worker(__file__, ["--worker", *given])) for given in arguments]
         distances = measure(systems, options)
     report(systems, computer)
     name = "train_step" if options.rows == BATCH else f"train_step_{options.rows}_rows"

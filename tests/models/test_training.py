@@ -12,7 +12,7 @@ import tessera as ts
 CONFIG = ts.GPTConfig(
     family="llama", n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_ffn=48, vocab_size=61, max_seq_len=24,
     tie_embeddings=True)
-STEPS = 40
+STEPS = 30
 
 
 def batches() -> list[torch.Tensor]:
@@ -42,6 +42,15 @@ def train(model: torch.nn.Module, loss_of) -> torch.Tensor:
     return torch.tensor(losses)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More would wait for each other: the products are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(3)
@@ -67,6 +76,6 @@ def test_losses_are_those_of_transformers(folder, expected, dtype, at_a_step, in
     model.load_state_dict(loaded.state_dict())
     assert all(weight.dtype is torch.float32 for weight in model.parameters())
     losses = train(model, model.loss)
-    assert losses[0] > 4 and losses[-5:].mean() < 3, losses
+    assert losses[0] > 4 and losses[-5:].mean() < 3.3, losses
     off = (losses - expected) / expected
     assert off.abs().max() <= at_a_step and off[STEPS // 2:].mean().abs() <= in_the_mean, off
