@@ -157,6 +157,8 @@ def _quickest(
 ) -> Tensor:
     """The way that was measured to be the quickest for such arguments."""
     S, T = q_BHSD.shape[2], k_BKTD.shape[2]
+    if slopes_H is not None and _fits_mask(q_BHSD, slopes_H, T):
+        mask, slopes_H = _sloped(mask, slopes_H, S, T), None
     is_plain = scores.softcap is None and slopes_H is None and not scores.dropout_p
     if S == 1 and _decodes(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H):
         # One causal query sees all keys; its window is the last keys.
@@ -176,6 +178,22 @@ def _quickest(
     if q_BHSD[..., 0].numel() * T < _MANY_SCORES and not scores.dropout_p:
         return plain_attention(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H)[0]
     return in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H)
+
+
+def _fits_mask(q_BHSD: Tensor, slopes_H: Tensor, n_keys: int) -> bool:
+    """Whether ALiBi may be a float mask: few numbers beside the scores', in f32, constant."""
+    _, H, S, _ = q_BHSD.shape
+    return (q_BHSD.is_cpu and q_BHSD.dtype is torch.float32 and S > 1 and H * S * n_keys < _MANY_SCORES
+            and not (torch.is_grad_enabled() and slopes_H.requires_grad))
+
+
+def _sloped(mask: Tensor | None, slopes_H: Tensor, n_queries: int, n_keys: int) -> Tensor:
+    """slope * (key's place - query's place) [H, S, T], with what a mask says."""
+    place_T = torch.arange(n_keys, device=slopes_H.device)
+    bias_HST = slopes_H.float()[:, None, None] * (place_T - place_T[n_keys - n_queries:, None])
+    if mask is None:
+        return bias_HST
+    return torch.where(mask, bias_HST, -torch.inf) if mask.dtype is torch.bool else bias_HST + mask
 
 
 def _decodes(
