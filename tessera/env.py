@@ -41,6 +41,15 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _some_of(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if unknown := [item for item in text.split(",") if item not in ("", *allowed)]:
+            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
 VARIABLES: dict[str, Variable] = {
     "TESSERA_CACHE_DIR": Variable(
         default=Path(os.path.expanduser("~/.cache/tessera")), parse=lambda t: Path(t).expanduser(),
@@ -51,7 +60,7 @@ VARIABLES: dict[str, Variable] = {
         default="auto", parse=_choice("auto", "interp", "cpu", "cuda"),
         doc="Which backend runs kernels: auto chooses by the tensors' device."),
     "TESSERA_DUMP": Variable(
-        default="", parse=str,
+        default="", parse=_some_of("ir", "passes", "llvm", "asm", "triton"),
         doc="Comma list of ir, passes, llvm, asm, triton: print what the compiler makes to stderr."),
     "TESSERA_CPU": Variable(
         default="host", parse=_choice("host", "avx512", "avx2", "generic"),

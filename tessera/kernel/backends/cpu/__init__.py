@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from tessera import env
 from tessera.errors import LaunchError
 from tessera.kernel import cache
-from tessera.kernel.backends.cpu import blocks, jit
+from tessera.kernel.backends.cpu import jit
 from tessera.kernel.backends.cpu import threads as openmp
 from tessera.kernel.backends.cpu.host import Target, target
-from tessera.kernel.backends.cpu.lower import asserts, lower, uneven_segments
-from tessera.kernel.ir import Function
-from tessera.kernel.passes import prepare
+from tessera.kernel.ir import Function, asserts
 
 
 class Compiled:
@@ -28,7 +28,12 @@ class Compiled:
 
     def __init__(self, function: Function, host: Target) -> None:
         self._function, self._host = function, host
-        code = cache.cached(f"cpu {host.key}\n{function}\n{function.schedule}", self._compile)
+        shown = {"passes", "llvm", "asm"} & set(env.get("TESSERA_DUMP").split(","))
+        if "llvm" in shown:
+            print(self.source, file=sys.stderr)
+        # What is to be shown is made anew: the cache keeps only the code.
+        code = self._compile() if shown else cache.cached(
+            f"cpu {host.key}\n{function}\n{function.schedule}", self._compile)
         self._library = jit.load_object(code, host, openmp.symbols())
         self._launch = openmp.entry(self._library)
         self._pack = struct.Struct(_slot_format(function)).pack
@@ -40,6 +45,12 @@ class Compiled:
     @cached_property
     def source(self) -> str:
         """The LLVM text that the code was made from."""
+        # Imported here: what comes from the disk cache needs none of the generator, whose import takes longer than
+        # all else that a first launch does.
+        from tessera.kernel.backends.cpu import blocks
+        from tessera.kernel.backends.cpu.lower import lower, uneven_segments
+        from tessera.kernel.passes import prepare
+
         function = prepare(self._function, lambda f, dims: blocks.choose(f, dims, self._host))
         module, segments = lower(function, self._host)
         openmp.emit_launch(module, segments, dynamic=uneven_segments(function))
