@@ -203,6 +203,11 @@ def walk(block: Block) -> Iterator[Op]:
             yield from walk(region)
 
 
+def asserts(function: Function) -> list[Op]:
+    """The run-time assertions of a kernel, in program order."""
+    return [op for op in walk(function.body) if op.name == "assert"]
+
+
 def _print_block(block: Block, depth: int) -> list[str]:
     pad = "  " * depth
     lines = []

@@ -364,18 +364,13 @@ def _print(ctx: Context, op: Op) -> None:
 def _assert(ctx: Context, op: Op) -> None:
     """A failed assertion leaves its number in the status slot; the launch raises."""
     b = ctx.b
-    number = next(i for i, other in enumerate(asserts(ctx.function), 1) if other is op)
+    number = next(i for i, other in enumerate(ir.asserts(ctx.function), 1) if other is op)
 
     def check(point: Point) -> None:
         with b.if_(b.not_(element(ctx, op.operands[0], point)), likely=False):
             b.store(emit.const(number, I64), ctx.status)
 
     _each_point(ctx, op.operands[0], check)
-
-
-def asserts(function: Function) -> list[Op]:
-    """The run-time assertions of a kernel, in program order."""
-    return [op for op in ir.walk(function.body) if op.name == "assert"]
 
 
 def _each_point(ctx: Context, value: ir.Value, body: Callable[[Point], None]) -> None:
