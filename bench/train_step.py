@@ -40,10 +40,9 @@ CONFIG = ts.GPTConfig(
 BATCH, SEQ_LEN = 8, 256
 LEARNING_RATE, CLIP = 3e-4, 1.0
 EARLY = 20  # steps whose losses must agree one by one
-AGREEMENT = {"f32": 1e-3, "bf16": 3e-2}  # of each early loss, relative
-# Of all losses: root mean square of the relative differences, and their mean over the last half. A twin's, measured
-# over 200 steps of 2 x 256 tokens: 1.2% and 0.9%.
-SPREAD, DRIFT = 1.5e-2, 1e-2
+# Most that curves may be apart, relative: each early loss; root mean square over all steps; mean over the last half.
+# A twin, after 160 steps of 2 x 256 tokens: 0.00001, 0.009 and 0.009; bf16 there: 0.011, 0.015 and 0.016.
+AGREEMENT = {"f32": (1e-3, 2e-2, 2e-2), "bf16": (3e-2, 3e-2, 3e-2)}
 LIBRARIES = ("tessera", "transformers")
 
 
@@ -153,9 +152,10 @@ def check_losses(systems: list[System], n_steps: int) -> dict[str, dict[str, flo
         print(f"{n_steps} losses of {system.name} beside {systems[0].name} ({expected[0]:.3f} -> {expected[-1]:.3f}): "
               f"early ones at most {early:.3%} apart, all {spread:.2%} (RMS), mean of the last half {drift:.2%}",
               flush=True)
-        is_close = is_close and early <= AGREEMENT[system.dtype] and spread <= SPREAD and drift <= DRIFT
+        is_close = is_close and all(
+            found <= most for found, most in zip((early, spread, drift), AGREEMENT[system.dtype]))
     if not is_close:
-        raise SystemExit(f"losses differ: expected {AGREEMENT} early, {SPREAD} RMS, {DRIFT} in the mean")
+        raise SystemExit(f"losses differ: expected at most {AGREEMENT}: early, RMS, mean of the last half")
     return distances
 
 
