@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from tessera import env
 from tessera.errors import LaunchError
 from tessera.kernel import cache
 from tessera.kernel.backends.cpu import jit
@@ -26,7 +28,12 @@ class Compiled:
 
     def __init__(self, function: Function, host: Target) -> None:
         self._function, self._host = function, host
-        code = cache.cached(f"cpu {host.key}\n{function}\n{function.schedule}", self._compile)
+        shown = {"passes", "llvm", "asm"} & set(env.get("TESSERA_DUMP").split(","))
+        if "llvm" in shown:
+            print(self.source, file=sys.stderr)
+        # What is to be shown is made anew: the cache keeps only the code.
+        code = self._compile() if shown else cache.cached(
+            f"cpu {host.key}\n{function}\n{function.schedule}", self._compile)
         self._library = jit.load_object(code, host, openmp.symbols())
         self._launch = openmp.entry(self._library)
         self._pack = struct.Struct(_slot_format(function)).pack
