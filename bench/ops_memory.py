@@ -38,12 +38,12 @@ class Meter:
         targets = torch.randint(classes, (rows,))
         return _peak(lambda: _LOSSES[system](hidden, weight, targets).backward())
 
-    def attention(self, name: str, length: int, backward: bool) -> int:
+    def attention(self, operation: str, length: int, backward: bool) -> int:
         """A causal head of 64 over `length` tokens."""
         q, k, v = (torch.randn(1, 1, length, 64, requires_grad=backward) for _ in range(3))
 
         def run() -> Tensor | None:
-            out = _ATTENTION[name](q, k, v, is_causal=True)
+            out = _ATTENTION[operation](q, k, v, is_causal=True)
             return out.sum().backward() if backward else out  # type: ignore[func-returns-value]
 
         return _peak(run)
@@ -78,9 +78,9 @@ def measure(quick: bool) -> Iterator[dict[str, Any]]:
                "text": f"{ours:.0f} MiB, with logits in memory {theirs:.0f} MiB: {ratio:.1f} x less"}
     for name in _ATTENTION:
         for backward in (False, True):
-            worker.ask("attention", name=name, length=512, backward=backward)
+            worker.ask("attention", operation=name, length=512, backward=backward)
             lengths = [length // 8 for length in LENGTHS] if quick else LENGTHS
-            peaks = [worker.ask("attention", name=name, length=n, backward=backward) / MIB for n in lengths]
+            peaks = [worker.ask("attention", operation=name, length=n, backward=backward) / MIB for n in lengths]
             yield {"case": f"{name} f32 {'forward + backward' if backward else 'forward'}", "tokens": lengths,
                    "mebibytes": peaks, "met": None if quick else peaks[-1] <= LINEAR_GOAL * peaks[-2],
                    "text": ", ".join(f"{n} tokens {peak:.0f} MiB" for n, peak in zip(lengths, peaks))}
