@@ -36,7 +36,7 @@ class Row:
         sample: a result from those tensors; it is computed in each dtype, and by the plain expressions in f64.
         f32, bf16: largest error, relative to the largest value (or 1).
         bench: groups of the benchmarks that measure it.
-        launches: whether it launches kernels that are not registered as operations.
+        launches: whether it launches tile kernels; None: as what is registered does.
     """
 
     functions: tuple[str, ...]
@@ -46,7 +46,12 @@ class Row:
     f32: float = 1e-5
     bf16: float = HALF
     bench: tuple[str, ...] = ()
-    launches: bool = False
+    launches: bool | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a tile kernel computes it."""
+        return bool(self.registered) if self.launches is None else self.launches
 
 
 def _ids(count: int, n_classes: int) -> Tensor:
@@ -105,12 +110,12 @@ ROWS: tuple[Row, ...] = (
     Row(functions=("swiglu_quantized", "quantize_swiglu"), shapes=_MLP, sample=_swiglu_quantized, bf16=4 * HALF,
         launches=True, bench=("swiglu_quantized",)),
     Row(functions=("attention", "grouped_query_attention", "multi_query_attention"),
-        registered=("flash_attention", "decode_attention"), shapes=_QKV,
+        registered=("flash_attention", "decode_attention", "attention_keep"), shapes=_QKV,
         sample=lambda q, k, v: ops.attention(q[:, :, -1:], k, v) + ops.attention(q, k, v, is_causal=True)[:, :, -1:],
         bf16=2 * HALF, bench=("attention", "attention_sinks", "attention_alibi", "decode_attention")),
     Row(functions=("flash_attention",), registered=("flash_attention",), shapes=_QKV,
         sample=lambda q, k, v: ops.flash_attention(q, k, v, is_causal=True), bench=("flash_attention",)),
-    Row(functions=("chunked_attention",), shapes=_QKV,
+    Row(functions=("chunked_attention",), registered=("chunked_attention",), launches=False, shapes=_QKV,
         sample=lambda q, k, v: ops.chunked_attention(q, k, v, 4, is_causal=True), bench=("chunked_attention",)),
     Row(functions=("paged_attention",), registered=("paged_attention",),
         shapes=((2, 1, 4, 16), (3, 4, 2, 16), (3, 4, 2, 16)), sample=_pages, bench=("paged_attention",)),
@@ -181,7 +186,7 @@ def render() -> str:
         summary = (first.__doc__ or "").split("\n")[0].replace("|", "\\|").rstrip(".")
         cells = (
             f"**{row.functions[0]}**: {summary}", ", ".join(f"`{name}`" for name in row.functions[1:]),
-            "interp, cpu, cuda" if registered or row.launches else "torch", _gradient(row, registered),
+            "interp, cpu, cuda" if row.has_kernel else "torch", _gradient(row, registered),
             f"{row.f32:.0e}, {row.bf16:.0e}", _speed(row, speeds))
         lines.append("| " + " | ".join(cell or "-" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
