@@ -93,9 +93,14 @@ class Function(Callee):
 
 
 class Module:
-    """One LLVM module: functions, declarations and constant tables, collected as text."""
+    """One LLVM module: functions, declarations and constant tables, collected as text.
 
-    def __init__(self) -> None:
+    Args:
+        has_f16: the processor converts between f16 and f32.
+    """
+
+    def __init__(self, *, has_f16: bool = True) -> None:
+        self.has_f16 = has_f16
         self.functions: dict[str, Function] = {}
         self._declarations: dict[str, tuple[str, Callee]] = {}
         self._globals: dict[str, str] = {}

@@ -41,7 +41,7 @@ class Target:
     vector_registers: int
     has_fma: bool
     has_avx2: bool = False
-    has_f16c: bool = False
+    has_f16: bool = True
     has_avx512: bool = False
     has_avx512bf16: bool = False
     has_vnni: bool = False
@@ -91,8 +91,8 @@ def target(choice: str = "") -> Target:
         triple=triple, cpu=cpu, features=features, l1=l1, l2=l2, l3=l3,
         vector_bits=512 if wide else 256 if "avx2" in names else 128,
         vector_registers=16 if x86 and not wide else 32,
-        has_fma="fma" in names or not x86, has_avx2="avx2" in names, has_f16c="f16c" in names, has_avx512=wide,
-        has_avx512bf16=wide and "avx512bf16" in names, has_vnni=wide and "avx512vnni" in names)
+        has_fma="fma" in names or not x86, has_avx2="avx2" in names, has_f16="f16c" in names or not x86,
+        has_avx512=wide, has_avx512bf16=wide and "avx512bf16" in names, has_vnni=wide and "avx512vnni" in names)
 
 
 def runs_here(target: Target) -> bool:

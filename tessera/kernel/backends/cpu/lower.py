@@ -33,7 +33,7 @@ _LAZY = frozenset("broadcast transpose reshape slice full iota load gather".spli
 
 def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
     """The module and its number of segments."""
-    module = emit.Module()
+    module = emit.Module(has_f16=target.has_f16)
     kept, joined = plan.plan(function), plan.joined(function)
     fused = fused_products(function, kept, target) | grouped.grouped_sums(function, kept)
     segments = _segments(function.body)

@@ -176,7 +176,8 @@ class _Native:
     """The loaded code of one kind of collective."""
 
     def __init__(self, n_ranks: int, reduce: tuple[DType, str] | None) -> None:
-        host, module = target(), Module()
+        host = target()
+        module = Module(has_f16=host.has_f16)
         _emit(module, n_ranks, reduce)
         text = module.text()
         code = cached(f"cpu {host.key}\n{text}", lambda: jit.compile_to_object(text, host))
