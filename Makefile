@@ -15,7 +15,7 @@ demo: $(STAMP)  ## set up, then stream text from SmolLM2-135M-Instruct
 	    "Explain in three sentences what a transformer language model is."
 
 test: $(STAMP)  ## the test suite (every slow test has a faster sibling here)
-	$(PY) -m pytest -m "not slow"
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(STAMP)  ## the slow tests as well
 	$(PY) -m pytest

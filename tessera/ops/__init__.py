@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tessera.ops.activations import ACTIVATIONS, gelu, gelu_tanh, relu, relu2, silu, softcap, swish
 from tessera.ops.attention import Mask, attention, grouped_query_attention, make_mask, multi_query_attention
-from tessera.ops.chunked_attention import chunked_attention
 from tessera.ops.embedding import (
     BlockSparse,
     casted_embedding,
@@ -15,7 +14,7 @@ from tessera.ops.embedding import (
     embedding,
     to_block_sparse,
 )
-from tessera.ops.flash_attention import flash_attention
+from tessera.ops.flash_attention import chunked_attention, flash_attention
 from tessera.ops.invariant import even_blocks, is_invariant
 from tessera.ops.linear import MAX_FEW_ROWS, linear
 from tessera.ops.linear_cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy

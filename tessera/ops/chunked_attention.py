@@ -12,52 +12,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tessera.errors import InputError
-from tessera.function.decorator import function
-from tessera.ops.attention_scores import AnyMask, Scores, check_scores, dropout_seed, plain_attention, weighted
+from tessera.ops.attention_scores import Scores, plain_attention, weighted
 from tessera.ops.registration import Operation
-from tessera.types import Tensor, one_float
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # chunks are plain torch: any will do
-
-
-@function
-def chunked_attention(
-    q_BHSD: Tensor["B", "G*K", "S", "D", one_float], k_BKTD: Tensor["B", "K", "T", "D", one_float],
-    v_BKTD: Tensor["B", "K", "T", "D", one_float], chunk_size: int = 512,
-    mask: AnyMask | None = None, is_causal: bool = False, scale: float | None = None, *, window: int | None = None,
-    sinks: Tensor["G*K"] | None = None, softcap: float | None = None, alibi: Tensor["G*K"] | None = None,
-    dropout_p: float = 0.0, seed: int = 0,
-) -> Tensor["B", "G*K", "S", "D", one_float]:
-    """softmax(scale * q k^T) v by chunks of queries and keys with a running maximum (arXiv:2112.05682).
-
-    Args:
-        q_BHSD: [B, H, S, D], any float dtype.
-        k_BKTD, v_BKTD: [B, K, T, D], H a multiple of K.
-        chunk_size: queries, and keys, of a chunk: B * H * chunk_size^2 scores are held at a time.
-        mask, is_causal, scale, window, sinks, softcap, alibi, dropout_p: as for `attention`.
-        seed: of the dropout.
-
-    Returns:
-        [B, H, S, D] in q's dtype; sums in f32 (f64 for f64).
-
-    Raises:
-        ShapeError, InputError: arguments that do not fit together.
-    """
-    if chunk_size < 1:
-        raise InputError(f"chunk_size: {chunk_size} given; expected at least 1")
-    scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
-                    softcap=softcap, dropout_p=dropout_p, seed=dropout_seed(dropout_p, seed))
-    check_scores(scores, k_BKTD.shape[1])
-    return in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks, chunk_size)
 
 
 def in_chunks(
     q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None = None,
     slopes_H: Tensor | None = None, sinks_H: Tensor | None = None, chunk: int = 512,
 ) -> Tensor:
-    """`chunked_attention` of checked arguments."""
+    """Attention of checked arguments: [B, H, S, D] in q's dtype; sums in f32 (f64 for f64).
+
+    Args:
+        chunk: queries, and keys, of a chunk: B * H * chunk^2 scores are held at a time.
+    """
     if mask is not None:
         mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
     out: Tensor = _chunked_op(

@@ -16,8 +16,8 @@ import torch
 from tessera.errors import InputError, UnsupportedError
 from tessera.function.decorator import function
 from tessera.kernel import Kernel
-from tessera.ops.attention_scores import AnyMask, Scores, check_scores, plain_attention
-from tessera.ops.chunked_attention import chunked_attention, sink_gradient
+from tessera.ops.attention_scores import AnyMask, Scores, check_scores, dropout_seed, plain_attention
+from tessera.ops.chunked_attention import in_chunks, sink_gradient
 from tessera.ops.kernels.flash_attention import flash_attention_kernel
 from tessera.ops.kernels.flash_attention_backward import (
     flash_attention_backward_kernel,
@@ -73,17 +73,55 @@ def flash_attention(
         k_BKND, v_BKND = cache.update(layer, k_BKND, v_BKND)
         is_causal = True
     scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
-                    softcap=softcap, dropout_p=dropout_p)
+                    softcap=softcap, dropout_p=dropout_p, seed=dropout_seed(dropout_p, seed))
     check_scores(scores, k_BKND.shape[1])
-    if fits_flash(scores, mask, alibi):
-        out, _ = flash_attention_op(
-            q_BHSD, k_BKND, v_BKND, sinks, scores.scale, is_causal, window, _block("block_q", block_q),
-            _block("block_k", block_k))
-    else:
-        out = chunked_attention(
-            q_BHSD, k_BKND, v_BKND, block_q or 512, mask, is_causal, scores.scale, window=window, sinks=sinks,
-            softcap=softcap, alibi=alibi, dropout_p=dropout_p, seed=seed)
-    return out.to(dtype)
+    return _in_blocks(
+        q_BHSD, k_BKND, v_BKND, scores, mask, alibi, sinks, _block("block_q", block_q), _block("block_k", block_k),
+        block_q or 512).to(dtype)
+
+
+@function
+def chunked_attention(
+    q_BHSD: Tensor["B", "G*K", "S", "D", one_float], k_BKTD: Tensor["B", "K", "T", "D", one_float],
+    v_BKTD: Tensor["B", "K", "T", "D", one_float], chunk_size: int = 512,
+    mask: AnyMask | None = None, is_causal: bool = False, scale: float | None = None, *, window: int | None = None,
+    sinks: Tensor["G*K"] | None = None, softcap: float | None = None, alibi: Tensor["G*K"] | None = None,
+    dropout_p: float = 0.0, seed: int = 0,
+) -> Tensor["B", "G*K", "S", "D", one_float]:
+    """softmax(scale * q k^T) v by chunks of queries and keys with a running maximum (arXiv:2112.05682).
+
+    Args:
+        q_BHSD: [B, H, S, D], any float dtype.
+        k_BKTD, v_BKTD: [B, K, T, D], H a multiple of K.
+        chunk_size: queries, and keys, of a chunk: B * H * chunk_size^2 scores are held at a time. Where the tile
+            kernels of `flash_attention` know such scores they take their own blocks, which hold less.
+        mask, is_causal, scale, window, sinks, softcap, alibi, dropout_p: as for `attention`.
+        seed: of the dropout.
+
+    Returns:
+        [B, H, S, D] in q's dtype; sums in f32 (f64 for f64).
+
+    Raises:
+        ShapeError, InputError: arguments that do not fit together.
+    """
+    if chunk_size < 1:
+        raise InputError(f"chunk_size: {chunk_size} given; expected at least 1")
+    scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
+                    softcap=softcap, dropout_p=dropout_p, seed=dropout_seed(dropout_p, seed))
+    check_scores(scores, k_BKTD.shape[1])
+    return _in_blocks(q_BHSD, k_BKTD, v_BKTD, scores, mask, alibi, sinks, 0, 0, chunk_size)
+
+
+def _in_blocks(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None, slopes_H: Tensor | None,
+    sinks_H: Tensor | None, block_q: int, block_k: int, chunk: int,
+) -> Tensor:
+    """By tile kernels where they know such scores, else in chunks of plain torch."""
+    if fits_flash(scores, mask, slopes_H) and q_BHSD.dtype is not torch.float64:
+        out: Tensor = flash_attention_op(
+            q_BHSD, k_BKTD, v_BKTD, sinks_H, scores.scale, scores.is_causal, scores.window, block_q, block_k)[0]
+        return out
+    return in_chunks(q_BHSD, k_BKTD, v_BKTD, scores, mask, slopes_H, sinks_H, chunk)
 
 
 def fits_flash(scores: Scores, mask: Tensor | None, slopes_H: Tensor | None) -> bool:

@@ -115,7 +115,7 @@ ROWS: tuple[Row, ...] = (
         bf16=2 * HALF, bench=("attention", "attention_sinks", "attention_alibi", "decode_attention")),
     Row(functions=("flash_attention",), registered=("flash_attention",), shapes=_QKV,
         sample=lambda q, k, v: ops.flash_attention(q, k, v, is_causal=True), bench=("flash_attention",)),
-    Row(functions=("chunked_attention",), registered=("chunked_attention",), launches=False, shapes=_QKV,
+    Row(functions=("chunked_attention",), registered=("chunked_attention", "flash_attention"), shapes=_QKV,
         sample=lambda q, k, v: ops.chunked_attention(q, k, v, 4, is_causal=True), bench=("chunked_attention",)),
     Row(functions=("paged_attention",), registered=("paged_attention",),
         shapes=((2, 1, 4, 16), (3, 4, 2, 16), (3, 4, 2, 16)), sample=_pages, bench=("paged_attention",)),
