@@ -12,9 +12,9 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tessera.errors import ShapeError, UnsupportedError
+from tessera.function.decorator import function
 from tessera.ops.kernels.casted_linear import (
     casted_linear_kernel,
     int8_product_kernel,
@@ -23,12 +23,16 @@ from tessera.ops.kernels.casted_linear import (
 )
 from tessera.ops.quantize import context_scale, dequantize_rows, fake_quantize_rows, is_quantized
 from tessera.ops.registration import Operation
-from tessera.types import DType, dtype_of
+from tessera.types import DType, Tensor, dtype_of, fp8_e4m3, fp8_e5m2, int8
 
 _FEW_ROWS = 16  # up to so many, one launch that reads the weight once
 
 
-def casted_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+@function
+def casted_linear(
+    x: Tensor["...", "K"], weight: Tensor["N", "K", int8 | fp8_e4m3 | fp8_e5m2],
+    scale: Tensor["N"] | Tensor["N", 1], bias: Tensor["N"] | None = None,
+) -> Tensor["...", "N"]:
     """x @ (weight * scale)^T + bias, with the weight read in its 8 bits and sums in f32.
 
     Against the float weight: |error| <= |x| @ e^T, where e is the rounding of each weight (ops.quantize), plus one
@@ -37,22 +41,24 @@ def casted_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None 
     Args:
         x: [..., K], a float dtype.
         weight: [N, K], int8, float8_e4m3fn or float8_e5m2.
-        scale: [N] f32, of each row of the weight.
+        scale: [N] or [N, 1] f32, of each row of the weight.
         bias: [N] or None.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        ShapeError: the shapes do not fit.
-        UnsupportedError: the weight has another dtype.
+        ShapeError: the shapes do not fit, or the weight has another dtype.
     """
-    _check(x, weight, scale, bias)
     out_MN = _casted_linear_op(x.reshape(-1, x.shape[-1]), weight, scale.reshape(-1), bias)
     return out_MN.view(*x.shape[:-1], weight.shape[0])
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+@function
+def int8_linear(
+    x: Tensor["...", "K"], weight: Tensor["N", "K", int8], scale: Tensor["N"] | Tensor["N", 1],
+    bias: Tensor["N"] | None = None,
+) -> Tensor["...", "N"]:
     """`casted_linear` with x rounded to int8 as well, a scale for each row: sums of integers, which are exact.
 
     Against `casted_linear`: |error| <= max|x| / 254 * sum|weight * scale| of each row of x and of the weight, plus
@@ -60,9 +66,6 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     Args, returns, raises: as `casted_linear`; the weight is int8.
     """
-    _check(x, weight, scale, bias)
-    if weight.dtype is not torch.int8:
-        raise UnsupportedError(f"weight: {weight.dtype} given; expected torch.int8")
     out_MN = _int8_linear_op(x.reshape(-1, x.shape[-1]), weight, scale.reshape(-1), bias)
     return out_MN.view(*x.shape[:-1], weight.shape[0])
 
@@ -86,24 +89,31 @@ def quantized_matmul(
         [..., N] in output_dtype.
 
     Raises:
-        ShapeError, UnsupportedError: as `casted_linear`.
+        ShapeError: the shapes do not fit.
+        UnsupportedError: the weight has another dtype.
     """
+    if not is_quantized(weight.dtype):
+        raise UnsupportedError(f"weight: {weight.dtype} given; expected int8, float8_e4m3fn or float8_e5m2")
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
+        raise ShapeError(f"weight: {list(weight.shape)} given for x {list(x.shape)}; "
+                         f"expected [{x.shape[-1] if x.dim() else 'K'}, N]")
     scale_N = torch.as_tensor(weight_scale, dtype=torch.float32, device=x.device) * (input_scale / output_scale)
     scale_N = scale_N.reshape(-1).expand(weight.shape[-1]).contiguous()
     wide = x.float() if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) else x
-    _check(wide, weight.t(), scale_N, None)
     out_MN = wide.new_empty(wide.shape[:-1].numel(), weight.shape[1], dtype=torch.float32)
     casted_linear_kernel(wide.reshape(-1, wide.shape[-1]), weight.t(), scale_N, out_MN)
     return saturate(out_MN.view(*x.shape[:-1], weight.shape[1]), dtype_of(output_dtype).torch)
 
 
-def swish_fp8(x: Tensor, beta: float = 1.0) -> Tensor:
+@function
+def swish_fp8(x: Tensor["..."], beta: float = 1.0) -> Tensor["..."]:
     """x * sigmoid(beta * x) of fp8 numbers, computed in f32, rounded once, saturated."""
     wide = x.float()
     return saturate(wide * torch.sigmoid(beta * wide), x.dtype)
 
 
-def mul_fp8(a: Tensor, b: Tensor) -> Tensor:
+@function
+def mul_fp8(a: Tensor["..."], b: Tensor["..."]) -> Tensor["..."]:
     """a * b of fp8 numbers, in multiples of the "hidden" scale of `ops.quantize.context`; in f32, rounded once."""
     return saturate(a.float() * b.float() / context_scale("hidden"), a.dtype)
 
@@ -114,17 +124,6 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.nan_to_num(nan=0.0).round().clamp(-128, 127).to(dtype)
     limit = torch.finfo(dtype).max
     return (x.clamp(-limit, limit) if limit < torch.finfo(x.dtype).max else x).to(dtype)
-
-
-def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    if not is_quantized(weight.dtype):
-        raise UnsupportedError(f"weight: {weight.dtype} given; expected int8, float8_e4m3fn or float8_e5m2")
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"weight: {list(weight.shape)} given for x {list(x.shape)}; "
-                         f"expected [N, {x.shape[-1] if x.dim() else 'K'}]")
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if vector is not None and vector.numel() != weight.shape[0]:
-            raise ShapeError(f"{name}: {list(vector.shape)} given; expected [{weight.shape[0]}]")
 
 
 @functools.cache
@@ -141,7 +140,7 @@ def _casted_linear(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Ten
 
 def _casted_linear_reference(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
     wide = torch.float64 if x_MK.dtype is torch.float64 else torch.float32
-    out_MN = F.linear(x_MK.to(wide), dequantize_rows(weight_NK, scale_N, wide))
+    out_MN = F.linear(x_MK.to(wide), dequantize_rows(weight_NK, scale_N.detach(), wide))
     return (out_MN if bias_N is None else out_MN + bias_N.to(wide)).to(x_MK.dtype)
 
 

@@ -19,9 +19,9 @@ MODULES = sorted(m.name for m in pkgutil.iter_modules(ops.__path__) if not m.isp
 NOT_CHECKED = {"to_block_sparse", "casted_sparse_embedding", "dynamic_rope", "split_heads", "swiglu_quantized"}
 # Not functions of tensors with dims of their own: any shape, pairs that broadcast, 8-bit storage, tables of positions.
 PLAIN = {
-    "add", "cast", "casted_linear", "dequantize", "dequantize_rows", "even_blocks", "fake_quantize_rows", "gather",
-    "implementation", "int8_linear", "is_invariant", "is_quantized", "make_mask", "matmul", "mul_fp8", "quantize",
-    "quantize_rows", "quantized_matmul", "ring_attention", "rope_frequencies", "rope_tables", "swiglu", "swish_fp8",
+    "add", "cast", "dequantize", "dequantize_rows", "even_blocks", "fake_quantize_rows", "gather",
+    "implementation", "is_invariant", "is_quantized", "make_mask", "matmul", "quantize",
+    "quantize_rows", "quantized_matmul", "ring_attention", "rope_frequencies", "rope_tables", "swiglu",
     "wants_reference"}
 
 
