@@ -91,7 +91,8 @@ class _Output:
             elif self.lead:
                 place = place[0]
             if self.axis is not None:
-                place = place.narrow(self.axis, memo["block"], source.shape[self.axis])
+                rows = min(source.shape[self.axis], place.shape[self.axis] - memo["block"])  # of the last block
+                place, source = place.narrow(self.axis, memo["block"], rows), source.narrow(self.axis, 0, rows)
             yield place[tuple(slice(0, size) for size in source.shape)], source
 
     def done(self, same: bool) -> None:
