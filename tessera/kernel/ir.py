@@ -39,7 +39,8 @@ of size 1 expands.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,6 +202,21 @@ def walk(block: Block) -> Iterator[Op]:
         yield op
         for region in op.regions:
             yield from walk(region)
+
+
+def users(ops: Iterable[Op]) -> defaultdict[str, list[Op]]:
+    """For each value, by name, the operations that read it, once for each operand."""
+    found: defaultdict[str, list[Op]] = defaultdict(list)
+    for op in ops:
+        for operand in op.operands:
+            found[operand.name].append(op)
+    return found
+
+
+def in_loops(block: Block) -> set[Op]:
+    """The operations inside a `for` or `while`."""
+    return {inner for op in walk(block) if op.name in ("for", "while") for region in op.regions
+            for inner in walk(region)}
 
 
 def asserts(function: Function) -> list[Op]:

@@ -7,6 +7,7 @@ from typing import Optional
 from tessera import kernel
 from tessera.kernel import constexpr
 from tessera.kernel import lang as tile
+from tessera.ops.kernels.gemm import plus_bias
 from tessera.types import Tile, f32, int8, int32
 
 
@@ -24,9 +25,7 @@ def casted_linear_kernel(x: Tile["M", "K"], weight: Tile["N", "K"], scale: Tile[
     """
     product = tile.mma(tile.load(x), tile.transpose(tile.cast(tile.load(weight), f32)))
     result = product * tile.cast(tile.load(scale), f32)
-    if bias is not None:
-        result = result + tile.cast(tile.load(bias), f32)
-    tile.store(out, result)
+    tile.store(out, plus_bias(result, bias))
 
 
 @kernel
@@ -95,6 +94,4 @@ def _codes(x):
 def _store_scaled(out, total, step, scale, bias):
     """out = total * step * scale + bias."""
     result = tile.cast(total, f32) * step * tile.load(scale)
-    if bias is not None:
-        result = result + tile.cast(tile.load(bias), f32)
-    tile.store(out, result)
+    tile.store(out, plus_bias(result, bias))

@@ -68,14 +68,20 @@ def decode_attention_kernel(
             weights, top, total, shrink = softmax_step(scores, top, total, factor, tile.exp)
             values = tile.cast(tile.load(seen_values[start:start + ctx.block_n]), f32)
             result = result * shrink[:, None] + tile.mma(weights, values)
-        tile.store(parts[batch, head, part, :, 0:ctx.D], result)
-        tile.store(parts[batch, head, part, :, ctx.D], total)
-        tile.store(parts[batch, head, part, :, ctx.D + 1], top * factor)
+        store_span(parts[batch, head, part], result, total, top * factor)
     for batch, head in tile.grid(ctx.B, ctx.H_kv):
         sink = None
         if sinks is not None:
             sink = tile.cast(tile.load(sinks[head]), f32)
         tile.store(out[batch, head], join_spans(parts[batch, head], sink))
+
+
+def store_span(part, values, total, top):
+    """One span of keys, [G, D + 2]: weighted values, sum of weights and largest score of each query."""
+    width = part.shape[1] - 2
+    tile.store(part[:, 0:width], values)
+    tile.store(part[:, width], total)
+    tile.store(part[:, width + 1], top)
 
 
 def join_spans(parts, sinks):

@@ -37,6 +37,16 @@ def _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows):
     return queries, grads, row_lse, excess
 
 
+def _seeing(start, columns, n_queries, n_keys, rows, causal, window):
+    """The queries [begin, end) that see a key of the block from `start`; begin is a multiple of `rows`."""
+    begin, end = 0, n_queries
+    if causal:
+        begin = tile.maximum(start + n_queries - n_keys, 0) // rows * rows
+    if window is not None:
+        end = tile.minimum(end, start + columns + window - 1 + n_queries - n_keys)
+    return begin, end
+
+
 def _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window):
     """P and scale dS of a block of queries from `place` and keys from `start`, [M, N]."""
     scores = tile.mma(queries, tile.transpose(keys)) * scale
@@ -69,11 +79,7 @@ def flash_attention_backward_kernel(
             values = tile.load(v[batch, shared, start:start + columns])
             sum_k = tile.zeros((columns, ctx.D), f32)
             sum_v = tile.zeros((columns, ctx.D), f32)
-            begin, end = 0, ctx.S
-            if causal:
-                begin = tile.maximum(start + ctx.S - ctx.T, 0) // rows * rows
-            if window is not None:
-                end = tile.minimum(end, start + columns + window - 1 + ctx.S - ctx.T)
+            begin, end = _seeing(start, columns, ctx.S, ctx.T, rows, causal, window)
             for head in tile.range(shared * group, shared * group + group):
                 for first in tile.range(begin, end, rows):
                     queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
@@ -139,11 +145,7 @@ def flash_attention_grad_kv_kernel(
         values = tile.load(v[batch, shared, start:start + columns])
         sum_k = tile.zeros((columns, ctx.D), f32)
         sum_v = tile.zeros((columns, ctx.D), f32)
-        begin, end = 0, ctx.S
-        if causal:
-            begin = tile.maximum(start + ctx.S - ctx.T, 0) // rows * rows
-        if window is not None:
-            end = tile.minimum(end, start + columns + window - 1 + ctx.S - ctx.T)
+        begin, end = _seeing(start, columns, ctx.S, ctx.T, rows, causal, window)
         for head in tile.range(shared * group, shared * group + group):
             for first in tile.range(begin, end, rows):
                 queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)

@@ -6,7 +6,7 @@ from typing import Optional
 
 from tessera import kernel
 from tessera.kernel import lang as tile
-from tessera.types import Tile
+from tessera.types import Tile, f32
 
 
 @kernel
@@ -19,6 +19,13 @@ def gemm_kernel(a: Tile["M", "K"], b: Tile["K", "N"], out: Tile["M", "N"]):
         out: [M, N].
     """
     tile.store(out, tile.mma(tile.load(a), tile.load(b)))
+
+
+def plus_bias(total, bias):
+    """total [M, N] + bias [N] in f32; the total alone where there is no bias."""
+    if bias is None:
+        return total
+    return total + tile.cast(tile.load(bias), f32)
 
 
 @kernel

@@ -7,7 +7,7 @@ from typing import Optional
 from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.kernel.signature import constexpr
-from tessera.ops.kernels.decode_attention import join_spans
+from tessera.ops.kernels.decode_attention import join_spans, store_span
 from tessera.ops.kernels.running_softmax import softmax_step
 from tessera.types import Tile, f32, int32
 
@@ -67,9 +67,7 @@ def paged_attention_kernel(
                 scores = tile.where(ages < window, scores, -float("inf"))
             weights, top, total, shrink = softmax_step(scores, top, total, factor, tile.exp)
             result = result * shrink[:, None] + tile.mma(weights, values)
-        tile.store(parts[batch, head, part, :, 0:ctx.D], result)
-        tile.store(parts[batch, head, part, :, ctx.D], total)
-        tile.store(parts[batch, head, part, :, ctx.D + 1], top * factor)
+        store_span(parts[batch, head, part], result, total, top * factor)
     for batch, head in tile.grid(ctx.B, ctx.H_kv):
         sink = None
         if sinks is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tessera import kernel
 from tessera.errors import InputError
 from tessera.kernel import lang as tile
+from tessera.ops.kernels.gemm import plus_bias
 from tessera.types import Tile, f32, int4, int8
 
 GROUP = 32  # weights along K that share a scale
@@ -50,9 +51,7 @@ def int8_group_linear_kernel(
         bias: [N].
     """
     total = tile.mma(tile.cast(tile.load(x), f32), tile.transpose(_dequantized(quants, scale, None)))
-    if bias is not None:
-        total = total + tile.cast(tile.load(bias), f32)
-    tile.store(out, total)
+    tile.store(out, plus_bias(total, bias))
 
 
 @kernel
@@ -71,9 +70,7 @@ def int4_linear_kernel(
         bias: [N].
     """
     total = tile.mma(tile.cast(tile.load(x), f32), tile.transpose(_dequantized(quants, scale, minimum)))
-    if bias is not None:
-        total = total + tile.cast(tile.load(bias), f32)
-    tile.store(out, total)
+    tile.store(out, plus_bias(total, bias))
 
 
 @kernel
@@ -86,9 +83,7 @@ def int8_group_product_kernel(
     Args: as there.
     """
     total = _group_product(x, quants, scale, None)
-    if bias is not None:
-        total = total + tile.cast(tile.load(bias), f32)
-    tile.store(out, total)
+    tile.store(out, plus_bias(total, bias))
 
 
 @kernel
@@ -101,9 +96,7 @@ def int4_product_kernel(
     Args: as there.
     """
     total = _group_product(x, quants, scale, minimum)
-    if bias is not None:
-        total = total + tile.cast(tile.load(bias), f32)
-    tile.store(out, total)
+    tile.store(out, plus_bias(total, bias))
 
 
 def _group_product(x, quants, scale, minimum):

@@ -170,22 +170,19 @@ class _Carried:
         """acc = f(acc) + a @ b: the matmul adds straight into the carried buffer."""
         body = self.op.regions[0]
         yielded = body.terminator.operands[int(bool(self.op.attrs.get("early_exit"))):]
-        users: dict[str, list[Op]] = {}
-        for inner in ir.walk(body):
-            for operand in inner.operands:
-                users.setdefault(operand.name, []).append(inner)
+        users = ir.users(ir.walk(body))
         for i, memory in self.buffers.items():
             value = yielded[i]
             if value.op is None or value.op.name != "mma" or len(value.op.operands) < 3 or value.op not in body.ops:
                 continue
             link = self.args[i]
             while link is not value.op.operands[2]:
-                mine = users.get(link.name, [])
+                mine = users[link.name]
                 if len(mine) != 1 or mine[0].name not in _ALIGNED or not mine[0].results:
                     break
                 link = mine[0].result
             else:
-                if users.get(link.name) == [value.op]:
+                if users[link.name] == [value.op]:
                     self.ctx.destinations[value.name] = memory
 
     def advance(self, yielded: Sequence[Value]) -> list[Val]:

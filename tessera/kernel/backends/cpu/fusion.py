@@ -7,8 +7,6 @@ The blocks of a loop are chunks already (`resident.py`).
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu import resident
 from tessera.kernel.backends.cpu.host import Target
@@ -25,12 +23,7 @@ def fused_products(function: Function, kept: set[str], target: Target) -> Fused:
     Args:
         kept: values that are materialised where they are defined.
     """
-    users: dict[str, list[Op]] = defaultdict(list)
-    for op in ir.walk(function.body):
-        for operand in op.operands:
-            users[operand.name].append(op)
-    looped = {inner for op in ir.walk(function.body) if op.name in ("for", "while") for region in op.regions
-              for inner in ir.walk(region)}
+    users, looped = ir.users(ir.walk(function.body)), ir.in_loops(function.body)
     found: Fused = {}
     for block in _blocks(function.body):
         for op in block.ops:

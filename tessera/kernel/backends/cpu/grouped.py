@@ -9,7 +9,6 @@ the bits are those of the operations one by one.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from tessera.kernel import ir
@@ -31,12 +30,7 @@ def grouped_sums(function: Function, kept: set[str]) -> Fused:
     Args:
         kept: values that are materialised where they are defined.
     """
-    users: dict[str, list[Op]] = defaultdict(list)
-    for op in ir.walk(function.body):
-        for operand in op.operands:
-            users[operand.name].append(op)
-    looped = {inner for op in ir.walk(function.body) if op.name in ("for", "while") for region in op.regions
-              for inner in ir.walk(region)}
+    users, looped = ir.users(ir.walk(function.body)), ir.in_loops(function.body)
     unit = {param.value.name for param in function.params if param.is_view and param.unit_stride}
     found: Fused = {}
     for op in ir.walk(function.body):

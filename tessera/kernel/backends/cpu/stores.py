@@ -8,7 +8,6 @@ share, and reads what both read once.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 
 from tessera.kernel import ir
@@ -83,13 +82,8 @@ def read_in_one_loop(function: Function, groups: dict[Op, list[Op]]) -> set[str]
     last = {op: end for end, group in groups.items() for op in group}
     found: set[str] = set()
     for block in _blocks(function.body):
-        users: dict[str, list[Op]] = defaultdict(list)
-        outside: set[str] = set()
-        for op in block.ops:
-            for operand in op.operands:
-                users[operand.name].append(op)
-            for region in op.regions:
-                outside |= {operand.name for inner in ir.walk(region) for operand in inner.operands}
+        users = ir.users(block.ops)
+        outside = ir.users(inner for op in block.ops for region in op.regions for inner in ir.walk(region))
         loop: dict[str, Op | None] = {}  # of a value: the group that reads it
 
         def reader(user: Op, value: Value, loop: dict[str, Op | None] = loop) -> Op | None:
