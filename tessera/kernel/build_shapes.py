@@ -185,7 +185,7 @@ class ShapeBuilder:
         return self.emit("transpose", [x], [type_], perm=tuple(perm)).result
 
     def concat(self, values: Sequence[Value], axis: int) -> Value:
-        """Tiles joined along an axis; the other dims and the dtypes agree."""
+        """What counts of the tiles, joined along an axis; the other dims and the dtypes agree."""
         first = values[0]
         axis = self.axis(first, axis, "concat")
         for value in values[1:]:
@@ -194,11 +194,11 @@ class ShapeBuilder:
             if not same or value.type.dtype != first.type.dtype:
                 raise TypeRuleError(
                     f"concat: {show(first)} and {show(value)} do not join along axis {axis}", first, value)
-        if any(v.type.valid[axis] is not None for v in values):
-            raise TypeRuleError("concat: a ragged dim cannot be joined", *values)
-        shape = list(first.type.shape)
+        shape, valid = list(first.type.shape), list(join_valid(*values))
         shape[axis] = sum((v.type.shape[axis] for v in values), Dim.of(0))
-        type_ = TileTy(tuple(shape), first.type.dtype, join_valid(*values))
+        ragged = any(v.type.valid[axis] is not None for v in values)
+        valid[axis] = sum((v.type.extent(axis) for v in values), Dim.of(0)) if ragged else None
+        type_ = TileTy(tuple(shape), first.type.dtype, tuple(valid))
         return self.emit("concat", values, [type_], axis=axis).result
 
     def slice(self, x: Value, spec: Sequence[tuple[Any, ...]], starts: Sequence[Value]) -> Value:

@@ -280,7 +280,7 @@ class _Run:
     # -- tiles from scratch, casts, reductions ------------------------------------------------------
 
     def _const(self, op: ir.Op) -> None:
-        self.assign(op.result, torch.tensor(op.attrs["value"]).to(op.result.type.dtype.torch))
+        self.assign(op.result, torch.tensor(op.attrs["value"], dtype=op.result.type.dtype.torch))
 
     def _dim(self, op: ir.Op) -> None:
         self.assign(op.result, torch.tensor(self.number(op.attrs["expr"])))

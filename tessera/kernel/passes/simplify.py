@@ -115,9 +115,9 @@ class _Rewriter:
         start = op.operands[spec[axis][1]].expr
         offset = made.operands[0].type.shape[axis] * 0
         for part in made.operands:
-            if start == offset and spec[axis][2] == part.type.shape[axis]:
+            if start == offset and part.type == op.result.type:
                 return part
-            offset = offset + part.type.shape[axis]
+            offset = offset + part.type.extent(axis)
         return None
 
     def _add(self, op: Op) -> Value | None:

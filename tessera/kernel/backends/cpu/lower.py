@@ -273,7 +273,7 @@ def _concat(ctx: Context, op: Op) -> None:
         start = [emit.const(0, I64)] * operand.type.rank
         start[axis] = offset
         write(ctx, Memory(memory.address(ctx.b, start), memory.strides, memory.dtype), operand)
-        offset = ctx.b.add(offset, ctx.size(operand.type.shape[axis]))
+        offset = ctx.b.add(offset, ctx.size(operand.type.extent(axis)))
     ctx.memory[op.result.name] = memory
 
 

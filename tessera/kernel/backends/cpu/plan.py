@@ -74,7 +74,7 @@ def joined(function: Function) -> set[str]:
             made = stored_value(op).op
             if made is not None and made.name == "concat" and uses[made.result.name] == 1 and \
                     uses[op.operands[1].name] == 1 and op.operands[0].type.valid[made.attrs["axis"]] is None and \
-                    _has_equal_parts(made):
+                    made.result.type.valid[made.attrs["axis"]] is None and _has_equal_parts(made):
                 found.add(made.result.name)
     return found
 

@@ -100,7 +100,7 @@ def _write(emitter: Emitter, op: ir.Op, given: Sequence[Index | None] | None) ->
         low = Dim.of(0)
         for part in parts:
             _write_axes(emitter, op, part, given or [None] * x.type.rank, [], axis, low, casts)
-            low = low + part.type.shape[axis]
+            low = low + part.type.extent(axis)
         return
     _write_axes(emitter, op, x, given or [None] * x.type.rank, [], -1, Dim.of(0), [])
 

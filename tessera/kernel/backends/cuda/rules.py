@@ -13,7 +13,7 @@ from tessera.kernel import ir
 from tessera.kernel.backends.cuda.emit import TRITON_TYPE, Emitter, Rule, at_most, literal
 from tessera.kernel.backends.cuda.values import Index, Val, depth_of, order
 from tessera.kernel.dims import Dim
-from tessera.types import DType, bf16, bool_, f16, f32, fp8_e4m3, fp8_e5m2
+from tessera.types import DType, bf16, bool_, f16, f32, f64, fp8_e4m3, fp8_e5m2
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
          "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
@@ -60,6 +60,8 @@ def elementwise(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[
     operands = [emitter.emit(x, indices) for x in op.operands]
     texts, axes, depth = emitter.combine(operands, order(indices))
     dtype = op.operands[-1].type.dtype
+    if op.name not in INFIX:
+        texts = [_exact(x, text) for x, text in zip(op.operands, texts)]
     if op.name == "where":
         text = f"tl.where({', '.join(texts)})"
     elif op.name == "fma":
@@ -75,6 +77,12 @@ def elementwise(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[
         zero &= other.zero
     return emitter.assign(value.hint or op.name, text, axes, depth, op.loc,
                           zero if op.name in ZERO_OF_ZEROS else frozenset())
+
+
+def _exact(x: ir.Value, text: str) -> str:
+    """A function's f64 constant as such: Triton would round a Python number to f32."""
+    is_constant = x.op is not None and x.op.name == "const" and x.type.dtype == f64
+    return f"tl.full((), {text}, tl.float64)" if is_constant else text
 
 
 def _nonnegative_division(op: ir.Op, texts: list[str]) -> str | None:
@@ -102,7 +110,7 @@ def cast(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index])
 
 
 def converted(emitter: Emitter, x: Val, source: DType, target: DType) -> str:
-    """The text of a conversion. 8-bit floats go by way of f32, which holds them exactly."""
+    """The text of a conversion. 8-bit floats, and small ones on their way to ints, go by way of f32, which is exact."""
     def to(text: str, dtype: DType) -> str:
         type_ = TRITON_TYPE[dtype.name]
         return f"{text}.to({type_})" if x.axes else f"tl.cast({text}, {type_})"
@@ -115,6 +123,7 @@ def converted(emitter: Emitter, x: Val, source: DType, target: DType) -> str:
     if target == bool_:
         return f"{text} != 0"
     if source.is_float and target.is_int:
+        text = to(text, f32) if source.bits < 32 else text  # an int's range may not fit the smaller type
         emitter.helpers.add("saturated")
         low = 0 if target.kind == "uint" else -2 ** (target.bits - 1)
         high = 2 ** (target.bits - (target.kind == "int")) - 1
@@ -205,8 +214,8 @@ def concat(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index
     index, low = indices[axis], Dim.of(0)
     pieces: list[tuple[ir.Value, Dim, Dim]] = []
     for piece in op.operands:
-        pieces.append((piece, low, low + piece.type.shape[axis]))
-        low = low + piece.type.shape[axis]
+        pieces.append((piece, low, low + piece.type.extent(axis)))
+        low = low + piece.type.extent(axis)
     ends = index.ends()
     for piece, low, high in pieces:
         if index.start is not None and at_most(low, index.start) and any(at_most(end, high) for end in ends):
