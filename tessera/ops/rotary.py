@@ -174,14 +174,8 @@ def _kernel(
     x_BSHD: Tensor, cos_TR: Tensor, sin_TR: Tensor, rows_CS: Tensor | None, direction: float, interleaved: bool,
 ) -> Tensor:
     out = empty_like(x_BSHD)
-    if not interleaved:
-        rope_kernel(x_BSHD, cos_TR, sin_TR, out, rows_CS, direction)
-        return out
-    n_pairs = cos_TR.shape[1]
-    if 2 * n_pairs < x_BSHD.shape[-1]:
-        out[..., 2 * n_pairs:] = x_BSHD[..., 2 * n_pairs:]
-    pairs, turned = (t[..., :2 * n_pairs].unflatten(-1, (n_pairs, 2)) for t in (x_BSHD, out))
-    rope_interleaved_kernel(pairs, cos_TR, sin_TR, turned, rows_CS, direction)
+    kernel = rope_interleaved_kernel if interleaved else rope_kernel
+    kernel(x_BSHD, cos_TR, sin_TR, out, rows_CS, direction)
     return out
 
 

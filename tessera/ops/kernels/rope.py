@@ -35,21 +35,26 @@ def rope_kernel(
 
 @kernel
 def rope_interleaved_kernel(
-    x: Tile["B", "S", "H", "R", 2], cos: Tile["T", "R"], sin: Tile["T", "R"], out: Tile["B", "S", "H", "R", 2],
+    x: Tile["B", "S", "H", "2*R+E"], cos: Tile["T", "R"], sin: Tile["T", "R"], out: Tile["B", "S", "H", "2*R+E"],
     positions: Optional[Tile["C", "S"]] = None, direction: float = 1.0,  # noqa: UP045
 ):
-    """`rope_kernel` for pairs of neighbours.
+    """`rope_kernel` for pairs of neighbours: out = x cos + (its neighbour) (-sin, sin).
 
     Args:
-        x, out: [B, S, H, R, 2], two tensors.
+        x, out: [B, S, H, 2 R + E], two tensors.
         the others: as of `rope_kernel`.
     """
     ctx = tile.context()
+    turning = 2 * ctx.R
     for batch, token in tile.grid(ctx.B, ctx.S):
         at = token
         if positions is not None:
             at = positions[tile.minimum(batch, ctx.C - 1), token]
-        cosine, sine = tile.load(cos[at])[None, :], (tile.load(sin[at]) * direction)[None, :]
-        first, second = tile.load(x[batch, token, :, :, 0]), tile.load(x[batch, token, :, :, 1])
-        tile.store(out[batch, token, :, :, 0], first * cosine - second * sine)
-        tile.store(out[batch, token, :, :, 1], first * sine + second * cosine)
+        place = tile.arange(turning)
+        cosine = tile.gather(cos[at], place >> 1)
+        sine = tile.gather(sin[at], place >> 1) * tile.where(place & 1 == 0, -direction, direction)
+        for head in tile.range(ctx.H):
+            row = x[batch, token, head, :turning]
+            turned = tile.load(row) * cosine + tile.gather(row, place ^ 1) * sine
+            tile.store(out[batch, token, head, :turning], turned)
+            tile.store(out[batch, token, head, turning:], tile.load(x[batch, token, head, turning:]))

@@ -44,7 +44,7 @@ def _activations(d: Draw) -> dict[str, Case]:
         "gated_backward_kernel": ([x(), x(), x(), out, out], {}),
         "add_kernel": ([d.rows(), d.rows(), d.out()], {}),
         "rope_kernel": ([d.rows(3, 2, 10), d.whole(3, 5), d.whole(3, 5), d.out(3, 2, 10)], {}),
-        "rope_interleaved_kernel": ([d.rows(3, 2, 5, 2), d.whole(3, 5), d.whole(3, 5), d.out(3, 2, 5, 2)], {}),
+        "rope_interleaved_kernel": ([d.rows(3, 2, 10), d.whole(3, 5), d.whole(3, 5), d.out(3, 2, 10)], {}),
         "append_kernel": ([d.rows(2, D), d.rows(2, D), Arg(torch.tensor([3])), d.out(2, 5, D), d.out(2, 5, D)], {}),
         "attention_dropout_kernel": ([d.sum(3, 9, D), 0.25, 7, 5, 11, 50], {}),
     }
@@ -134,8 +134,9 @@ def _attention(d: Draw) -> dict[str, Case]:
     return {
         "flash_attention_kernel": ([q, k, v, d.out(4, 9, 16), 0.25, True], {}),
         "flash_attention_backward_kernel": ([*shared, d.out(4, 9, 16, dtype=F32), *grad_kv, 0.25, True], {}),
-        "flash_attention_grad_q_kernel": ([*shared, d.out(4, 9, 16), 0.25, True], {}),
-        "flash_attention_grad_kv_kernel": ([*shared, *grad_kv, 0.25, True], {}),
+        "flash_attention_grad_q_kernel": ([*shared, d.out(4, 9, 16), d.out(4, 9, dtype=F32), 0.25, True], {}),
+        "flash_attention_grad_kv_kernel": (
+            [*shared[:4], shared[5], d.rows(4, 9, dtype=F32), *grad_kv, 0.25, True], {}),
         "decode_attention_kernel": ([heads(2, 3), heads(2, 300), heads(2, 300), d.out(2, 3, 16),
                                      Arg(torch.zeros(ROWS, 2, 2, 3, 18), 0), 0.25], {}),
         "paged_attention_kernel": ([heads(2, 4), *pages, d.ints(20, 5), lengths, d.out(2, 4, 16),

@@ -309,6 +309,9 @@ def _gather(ctx: Context, op: Op, point: Point) -> Val:
     if not emit.lanes(row.ty):
         inner = None if point.axis is None or lead is not None else point.axis - rank + 1
         return load(ctx, memory, point.pick([row, *trailing], inner))
+    nearby = _load_nearby(ctx, memory, index, point) if view.type.rank == rank == 1 else None
+    if nearby is not None:
+        return nearby
     b = ctx.b
     if memory.dtype == int4:
         raise UnsupportedError(f"kernel {ctx.function.name}: gather of int4 rows by a vector of indices")
@@ -319,6 +322,37 @@ def _gather(ctx: Context, op: Op, point: Point) -> Val:
     ty = storage_type(memory.dtype)
     raw = b.gather(b.gep(memory.pointer, offsets, ty), emit.vec(point.lanes, ty), _mask(ctx, point))
     return from_storage(b, raw, memory.dtype)
+
+
+def _load_nearby(ctx: Context, memory: Memory, index: Value, point: Point) -> Val | None:
+    """x[i ^ n] and x[i >> n] for lanes i that fill whole groups: one load and a shuffle; None for other indices."""
+    op, b, lanes = index.op, ctx.b, point.lanes
+    if op is None or op.name not in ("xor", "shr") or memory.strides[0].const != 1:
+        return None
+    iota, count = op.operands[0].op, _constant(op.operands[1])
+    if iota is None or iota.name != "iota" or count is None or not 0 < count < 6:
+        return None
+    group = 1 << (count.bit_length() if op.name == "xor" else count)
+    if lanes % group or lanes == group or not is_aligned(point.indices[0], group):
+        return None
+    if op.name == "xor":
+        if point.mask is not None and count != 1:
+            return None  # of a group that is cut, memory may hold what some lanes need and no more
+        whole = None if point.mask is None else b.shuffle(point.mask, None, [lane & ~1 for lane in range(lanes)])
+        near = load(ctx, memory, replace(point, mask=whole))
+        return b.shuffle(near, None, [lane ^ count for lane in range(lanes)])
+    first = list(range(0, lanes, group))
+    mask = None if point.mask is None else b.shuffle(point.mask, None, first)
+    few = load(ctx, memory, Point((b.lshr(point.indices[0], count),), 0, len(first), mask))
+    return b.shuffle(few, None, [lane >> count for lane in range(lanes)])
+
+
+def _constant(value: Value) -> int | None:
+    """The int that every element of a tile is, where it is known."""
+    op = value.op
+    while op is not None and op.name == "broadcast":
+        op = op.operands[0].op
+    return op.attrs["value"] if op is not None and op.name == "const" else None
 
 
 def _iota(ctx: Context, op: Op, point: Point) -> Val:

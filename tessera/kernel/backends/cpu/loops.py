@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tessera.kernel.backends.cpu import emit
+from tessera.kernel.backends.cpu.columns import aligned
 from tessera.kernel.backends.cpu.context import Context, Memory
 from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, store
 from tessera.kernel.backends.cpu.emit import I32, I64, Val
@@ -87,17 +88,17 @@ def run_lanes(ctx: Context, extent: Val, lanes: int, body: Callable[[Val, Val | 
             body(emit.const(0, I64), None)
         elif full:
             with b.for_(0, full, lanes) as loop, ctx.scope():
-                body(loop.i, None)
+                body(aligned(ctx, loop.i, lanes), None)
         if extent.const != full:
             with ctx.scope():
                 body(emit.const(full, I64), b.lane_mask(emit.const(extent.const - full, I32), lanes))
         return
     whole = b.and_(extent, -lanes)
     with b.for_(0, whole, lanes) as loop, ctx.scope():
-        body(loop.i, None)
+        body(aligned(ctx, loop.i, lanes), None)
     rest = b.sub(extent, whole)
     with b.if_(b.cmp("gt", rest, 0)), ctx.scope():
-        body(whole, b.lane_mask(b.cast("trunc", rest, I32), lanes))
+        body(aligned(ctx, whole, lanes), b.lane_mask(b.cast("trunc", rest, I32), lanes))
 
 
 def write(ctx: Context, memory: Memory, value: Value, compute: Callable[[Point], Val] | None = None) -> None:
