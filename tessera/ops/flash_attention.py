@@ -172,9 +172,9 @@ def attention_gradients(
         flash_attention_backward_kernel(
             grad, q, k, v, out, lse, grad_q, grad_k, grad_v, scale, causal, window, grad_lse)
         return grad_q.to(q.dtype), grad_k, grad_v
-    grad_q = torch.empty_like(q)
-    flash_attention_grad_q_kernel(grad, q, k, v, out, lse, grad_q, scale, causal, window, grad_lse)
-    flash_attention_grad_kv_kernel(grad, q, k, v, out, lse, grad_k, grad_v, scale, causal, window, grad_lse)
+    grad_q, excess = torch.empty_like(q), torch.empty_like(lse)
+    flash_attention_grad_q_kernel(grad, q, k, v, out, lse, grad_q, excess, scale, causal, window, grad_lse)
+    flash_attention_grad_kv_kernel(grad, q, k, v, lse, excess, grad_k, grad_v, scale, causal, window)
     return grad_q, grad_k, grad_v
 
 

@@ -14,7 +14,7 @@ from tessera.types import Tile, f32
 _LOG2_E = math.log2(math.e)
 
 
-@schedule(mixed_dot="bf16")
+@schedule(mixed_dot="bf16", f32_dot="tf32x3")
 @kernel
 def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"], v: Tile["B", "H_kv", "T", "D"],
                            out: Tile["B", "H", "S", "D"], scale: float, causal: bool = False,

@@ -10,19 +10,8 @@ from typing import Optional
 
 from tessera import kernel
 from tessera.kernel import lang as tile
+from tessera.kernel.schedule import schedule
 from tessera.types import Tile, f32
-
-
-def _weights(scores, lse, place, start, causal, window):
-    """The softmax weights of a block, [M, N]: queries from `place`, keys from `start`."""
-    if causal:
-        scores = tile.apply_causal_mask(scores, place, start)
-    if window is not None:
-        ages = (tile.arange(scores.shape[0]) + place)[:, None] - (tile.arange(scores.shape[1]) + start)[None, :]
-        scores = tile.where(ages < window, scores, -float("inf"))
-    # A row that sees no key has -inf, and -inf - -inf would be NaN; a score above its row's sum is one of rounding.
-    safe_lse = tile.where(lse == -float("inf"), 0.0, lse)
-    return tile.exp(tile.minimum(scores - safe_lse[:, None], 0.0))
 
 
 def _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows):
@@ -49,9 +38,29 @@ def _seeing(start, columns, n_queries, n_keys, rows, causal, window):
 
 def _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window):
     """P and scale dS of a block of queries from `place` and keys from `start`, [M, N]."""
-    scores = tile.mma(queries, tile.transpose(keys)) * scale
-    weights = _weights(scores, row_lse, place, start, causal, window)
-    return weights, weights * (tile.mma(grads, tile.transpose(values)) - excess[:, None]) * scale
+    ages = (tile.arange(queries.shape[0]) + place)[:, None] - (tile.arange(keys.shape[0]) + start)[None, :]
+    scores, changes = tile.mma(queries, tile.transpose(keys)), tile.mma(grads, tile.transpose(values))
+    return _weights(scores, changes, ages, row_lse[:, None], excess[:, None], scale, causal, window)
+
+
+def _block_transposed(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window):
+    """`_block`'s tiles as [N, M]: as they are computed, so they are multiplied with dO and q."""
+    ages = (tile.arange(queries.shape[0]) + place)[None, :] - (tile.arange(keys.shape[0]) + start)[:, None]
+    scores, changes = tile.mma(keys, tile.transpose(queries)), tile.mma(values, tile.transpose(grads))
+    return _weights(scores, changes, ages, row_lse[None, :], excess[None, :], scale, causal, window)
+
+
+def _weights(scores, changes, ages, lse, excess, scale, causal, window):
+    """P and scale dS from the products of q with k and of dO with v; `ages` counts from key to query."""
+    scores = scores * scale
+    if causal:
+        scores = tile.where(ages >= 0, scores, -float("inf"))
+    if window is not None:
+        scores = tile.where(ages < window, scores, -float("inf"))
+    # A row that sees no key has -inf, and -inf - -inf would be NaN; a score above its row's sum is one of rounding.
+    safe_lse = tile.where(lse == -float("inf"), 0.0, lse)
+    weights = tile.exp(tile.minimum(scores - safe_lse, 0.0))
+    return weights, weights * (changes - excess) * scale
 
 
 @kernel
@@ -94,16 +103,18 @@ def flash_attention_backward_kernel(
             tile.store(grad_v[batch, shared, start:start + columns], sum_v)
 
 
+@schedule(mixed_dot="bf16", f32_dot="tf32x3")
 @kernel
 def flash_attention_grad_q_kernel(
     grad: Tile["B", "H", "S", "D"], q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"],
     v: Tile["B", "H_kv", "T", "D"], out: Tile["B", "H", "S", "D"], lse: Tile["B", "H", "S", f32],
-    grad_q: Tile["B", "H", "S", "D"], scale: float, causal: bool = False, window: Optional[int] = None,  # noqa: UP045
-    grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
+    grad_q: Tile["B", "H", "S", "D"], excess: Tile["B", "H", "S", f32], scale: float, causal: bool = False,
+    window: Optional[int] = None, grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
 ):
     """The gradient of q alone, a program a block of queries: for more processors than there are key heads.
 
-    Args: as for flash_attention_backward_kernel; grad_q is written, in any float type.
+    Args: as for flash_attention_backward_kernel; grad_q is written, in any float type, and
+        excess: [B, H, S] f32, written: rowsum(dO O) - L, for flash_attention_grad_kv_kernel.
     """
     ctx = tile.context()
     rows, columns = ctx.block_m, ctx.block_n
@@ -111,7 +122,8 @@ def flash_attention_grad_q_kernel(
         first = block * rows
         place = first + ctx.T - ctx.S
         shared = head // (ctx.H // ctx.H_kv)
-        queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
+        queries, grads, row_lse, row_excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
+        tile.store(excess[batch, head, first:first + rows], row_excess)
         total = tile.zeros((rows, ctx.D), f32)
         begin, end = 0, ctx.T
         if window is not None:
@@ -121,24 +133,27 @@ def flash_attention_grad_q_kernel(
         for start in tile.range(begin, end, columns):
             keys = tile.load(k[batch, shared, start:start + columns])
             values = tile.load(v[batch, shared, start:start + columns])
-            _, slopes = _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window)
+            _, slopes = _block(queries, grads, keys, values, row_lse, row_excess, scale, place, start, causal, window)
             total = tile.mma(slopes, keys, total)
         tile.store(grad_q[batch, head, first:first + rows], total)
 
 
+@schedule(mixed_dot="bf16", f32_dot="tf32x3")
 @kernel
 def flash_attention_grad_kv_kernel(
     grad: Tile["B", "H", "S", "D"], q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T", "D"],
-    v: Tile["B", "H_kv", "T", "D"], out: Tile["B", "H", "S", "D"], lse: Tile["B", "H", "S", f32],
+    v: Tile["B", "H_kv", "T", "D"], lse: Tile["B", "H", "S", f32], excess: Tile["B", "H", "S", f32],
     grad_k: Tile["B", "H_kv", "T", "D"], grad_v: Tile["B", "H_kv", "T", "D"], scale: float, causal: bool = False,
-    window: Optional[int] = None, grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
+    window: Optional[int] = None,  # noqa: UP045
 ):
     """The gradients of k and v alone, a program a block of keys: for more processors than there are key heads.
 
-    Args: as for flash_attention_backward_kernel.
+    Args: as for flash_attention_backward_kernel, and
+        excess: [B, H, S] f32, as flash_attention_grad_q_kernel wrote it.
     """
     ctx = tile.context()
-    rows, columns, group = ctx.block_m, ctx.block_n, ctx.H // ctx.H_kv
+    # Keys are what a program keeps, queries what it walks over, in short steps: two sums already fill its registers.
+    columns, rows, group = ctx.block_m, ctx.block_n // 2, ctx.H // ctx.H_kv
     for batch, shared, block in tile.grid(ctx.B, ctx.H_kv, tile.cdiv(ctx.T, columns)):
         start = block * columns
         keys = tile.load(k[batch, shared, start:start + columns])
@@ -148,11 +163,14 @@ def flash_attention_grad_kv_kernel(
         begin, end = _seeing(start, columns, ctx.S, ctx.T, rows, causal, window)
         for head in tile.range(shared * group, shared * group + group):
             for first in tile.range(begin, end, rows):
-                queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
-                place = first + ctx.T - ctx.S
-                weights, slopes = _block(
-                    queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window)
-                sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
-                sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
+                queries = tile.load(q[batch, head, first:first + rows])
+                grads = tile.load(grad[batch, head, first:first + rows])
+                row_lse = tile.load(lse[batch, head, first:first + rows])
+                row_excess = tile.load(excess[batch, head, first:first + rows])
+                weights, slopes = _block_transposed(
+                    queries, grads, keys, values, row_lse, row_excess, scale, first + ctx.T - ctx.S, start, causal,
+                    window)
+                sum_v = tile.mma(weights, grads, sum_v)
+                sum_k = tile.mma(slopes, queries, sum_k)
         tile.store(grad_k[batch, shared, start:start + columns], sum_k)
         tile.store(grad_v[batch, shared, start:start + columns], sum_v)

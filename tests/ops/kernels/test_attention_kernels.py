@@ -52,8 +52,10 @@ def test_flash_attention_and_its_gradients(backend, dtype, S, T, D, causal, wind
     whole = torch.zeros(q.shape), nans(*k.shape, dtype=dtype), nans(*v.shape, dtype=dtype)
     launch(backward.flash_attention_backward_kernel, backend, *shared, *whole, 0.3, causal, window, grad_lse)
     parts = nans(*q.shape, dtype=dtype), nans(*k.shape, dtype=dtype), nans(*v.shape, dtype=dtype)
-    launch(backward.flash_attention_grad_q_kernel, backend, *shared, parts[0], 0.3, causal, window, grad_lse)
-    launch(backward.flash_attention_grad_kv_kernel, backend, *shared, *parts[1:], 0.3, causal, window, grad_lse)
+    excess = nans(1, 4, S)
+    launch(backward.flash_attention_grad_q_kernel, backend, *shared, parts[0], excess, 0.3, causal, window, grad_lse)
+    launch(backward.flash_attention_grad_kv_kernel, backend, grad, q, k, v, lse, excess, *parts[1:], 0.3, causal,
+           window)
     for found in (whole, parts):
         for actual, one in zip(found, grads):
             check(actual, one)
