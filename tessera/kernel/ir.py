@@ -24,7 +24,7 @@ Operations (operands -> results; attributes in braces):
   mma(a, b[, acc]): [*, M, K] x [*, K, N] -> f32, int32 for 8- and 4-bit ints, f64 for f64
   view(base, scalar...) {spec} -> view · load(view) · store(view, x)
   gather(view, index): rows of axis 0 -> index.shape + view.shape[1:] · scatter(view, index, x)
-  atomic_add(view, x) · print(x...) {text} · assert(c) {text}
+  atomic_add(view, x) · print(x...) {text: "{}" for each value, braces doubled} · assert(c) {text}
   grid(n...) {region(iv...)}: parallel, no results
   for(lo, hi, step, init...) {region(iv, iter...) yields ([stop,] next...)} {early_exit} -> final iters
   while(init...) {region(iter...) yields cond} {region(iter...) yields next...} -> final iters
@@ -60,6 +60,7 @@ REDUCTIONS = frozenset("sum mean max min argmax argmin any all".split())
 SCANS = frozenset(["cumsum", "cummax"])
 EFFECTS = frozenset("store scatter atomic_add print assert grid yield".split())
 CONTROL = frozenset("grid for while if".split())
+MAX_PRINTED, PRINTED_EDGE = 1000, 3  # a tile of more elements is printed by its edges
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Every builtin against torch in float64, on the interp backend."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import tessera as ts
-from tessera import Tensor, Tile, bf16, f32, int8, int32, tile
+from tessera import Tensor, Tile, bf16, f32, f64, int8, int32, tile
 from tessera.errors import InputError
+from tests.kernel.backends import launch
 
 ELEMENTWISE = {
     "exp": torch.exp, "exp2": torch.exp2, "expm1": torch.expm1, "log": torch.log, "log2": torch.log2,
@@ -260,14 +263,42 @@ def test_logic_and_selection():
     assert torch.equal(o, expected) and flags.tolist() == [1, 0]
 
 
-def test_print(capfd):
-    @ts.kernel
-    def run(x: Tile["N", f32], o: Tile["N", f32]):
-        print("sum", tile.sum(x))
-        o[:] = tile.load(x)
+@ts.kernel
+def tells(x: Tile["N", "D", bf16], y: Tile["N", f64], o: Tile["N", f32], scale: float):
+    for i in tile.grid(tile.cdiv(x.shape[0], 2)):
+        ragged = tile.load(x[i * 2:i * 2 + 2])
+        print("rows {} of {}: {}", i, x.shape[0], ragged, ragged > 0.0)
+        o[i * 2:i * 2 + 2] = tile.sum(ragged)
+    print("100%", x.ndim - 1, "{braces}", y, scale)
+    breakpoint()
 
-    run(torch.ones(3), torch.empty(3))
-    assert "sum" in capfd.readouterr().out
+
+@ts.kernel
+def tells_of_much(x: Tile["N", "D", f32], o: Tile["N", "D", f32]):
+    v = tile.load(x)
+    print("v is {}.", v)
+    o[:] = v
+
+
+def test_print_says_the_same_on_interp_and_cpu(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "breakpointhook", lambda: None)
+    x = rand(5, 3).bfloat16()
+    y = rand(5).double()
+    said = {}
+    for backend in ("interp", "cpu"):
+        for kernel, args in ((tells, (x, y, torch.empty(5), 0.1)), (tells_of_much, (torch.arange(1200.0).reshape(3, -1),
+                                                                                   torch.empty(3, 400)))):
+            launch(kernel, backend, *args)
+        sys.stdout.flush()
+        said[backend] = sorted(capfd.readouterr().out.splitlines())
+    assert said["interp"] == said["cpu"]
+    file = Path(__file__).name
+    told = [line.split(f"{file}:")[1].split(": ", 1)[1] for line in said["interp"]]
+    assert f"program (2,): rows 2 of 5: [[{', '.join(f'{v:.6g}' for v in x[4].tolist())}]] " \
+        f"[{[bool(v > 0) for v in x[4].tolist()]}]" in told
+    assert f"100% 1 {{braces}} [{', '.join(f'{v:.15g}' for v in y.tolist())}] 0.1" in told
+    assert "v is [[0, 1, 2, ..., 397, 398, 399], [400, 401, 402, ..., 797, 798, 799], " \
+        "[800, 801, 802, ..., 1197, 1198, 1199]]." in told
 
 
 def test_every_builtin_is_documented_and_refuses_ordinary_python():

@@ -562,6 +562,22 @@ def prints_in_a_text(x: Mat, o: Mat):
 
 
 @ts.kernel
+def prints_fewer_than_it_says(x: Mat, o: Mat):
+    print("{} of {}", x.shape[0])  # error: has 2 places for 1 values @ print("{} of {}", x.shape[0])
+    tile.store(o, x)
+
+
+@ts.kernel
+def gives_an_output_another_value(x: Mat, o: Mat):  # error: writes nothing: give its result to tile.store @ def gives_an_output_another_value(x: Mat, o: Mat): @ gives the name 'o' another value: o = tile.exp(x)
+    o = tile.exp(x)
+
+
+@ts.kernel
+def writes_nothing(x: Mat, o: Mat):  # error: kernel writes_nothing writes nothing @ def writes_nothing(x: Mat, o: Mat):
+    y = tile.load(x) * 2.0
+
+
+@ts.kernel
 def half_a_size(x: Mat, o: Mat):
     n = x.shape[1] / 2
     o[:, 0:n] = x[:, 0:n]  # error: index: n: f32 given; expected a size @ x[:, 0:n] @ n is f32, made at line

@@ -62,7 +62,7 @@ class Compiled:
             bound = list(zip(self.function.params, args, strict=True))
             for param, arg in bound:
                 if not param.is_view:
-                    run.assign(param.value, torch.as_tensor(arg).to(param.value.type.dtype.torch))
+                    run.assign(param.value, torch.as_tensor(arg, dtype=param.value.type.dtype.torch))
             run.bind_tensors([(p, arg) for p, arg in bound if isinstance(arg, Tensor)], self._first_access)
             run.block(self.function.body)
 
@@ -410,14 +410,24 @@ class _Run:
         if op.attrs.get("breakpoint"):
             stop({name: self.tiles[value][0] for name, value in self.named.items()}, place)
             return
-        text = op.attrs.get("text") or ""
-        for value in op.operands:
-            text = text.replace("{}", str(self.tiles[value.name][0]), 1)
-        print(place, text)
+        print(place, str(op.attrs.get("text", "")).format(*(shown(self.tiles[v.name][0]) for v in op.operands)))
 
     def _assert(self, op: ir.Op) -> None:
         if not self.tile(op.operands[0]).all():
             raise AccessError(op.attrs.get("text") or "the condition does not hold")
+
+
+def shown(x: Tensor) -> str:
+    """A scalar, or a tile in brackets, as `print` writes them; of a long tile the edges of every axis."""
+    def text(x: Tensor, is_long: bool) -> str:
+        if x.dim():
+            rows = [text(row, is_long) for row in x] if not is_long or len(x) <= 2 * ir.PRINTED_EDGE else [
+                *(text(row, is_long) for row in x[:ir.PRINTED_EDGE]), "...",
+                *(text(row, is_long) for row in x[-ir.PRINTED_EDGE:])]
+            return f"[{', '.join(rows)}]"
+        return f"{float(x):.{15 if x.dtype == torch.float64 else 6}g}" if x.is_floating_point() else str(x.item())
+
+    return text(x, x.numel() > ir.MAX_PRINTED)
 
 
 def stop(tiles: dict[str, Tensor], place: str) -> None:

@@ -6,16 +6,18 @@ verified `ir.Function`. `kernel.launch` calls `trace`; nothing else does.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tessera.kernel.build import Builder
+from tessera.kernel.diagnostics import compile_error
 from tessera.kernel.dims import Dim
 from tessera.kernel.frontend.frame import Context, SelfObject
 from tessera.kernel.frontend.source import Source
 from tessera.kernel.frontend.tracer import Tracer
-from tessera.kernel.ir import Block, Function, Location, Param, TileTy, Value, ViewTy, walk
+from tessera.kernel.ir import EFFECTS, Block, Function, Location, Param, TileTy, Value, ViewTy, walk
 from tessera.kernel.verify import verify
 from tessera.types import DType, f32, f64, int64
 
@@ -66,6 +68,7 @@ def trace(source: Source, name: str, arguments: Sequence[Argument], sizes: Seque
         env["self"] = SelfObject(self_object, "self", tensors)
     Tracer(function, retypes).trace(source, env, Context(named, schedule, blocks))
     _mark_outputs(function)
+    _check_effects(function, source)
     verify(function)
     return function
 
@@ -79,6 +82,30 @@ def _parameter(builder: Builder, argument: Argument, scalar: DType, loc: Locatio
         value = builder.argument(TileTy((), scalar if argument.kind == "float" else int64), argument.name)
     value.loc = loc
     return value
+
+
+def _check_effects(function: Function, source: Source) -> None:
+    """Refuse a kernel that neither writes, prints nor asserts: nobody could tell that it ran.
+
+    Raises:
+        CompileError: at its `def`, with the line that gives a parameter's name another value, if there is one.
+    """
+    if any(op.name in EFFECTS - {"grid", "yield"} for op in walk(function.body)):
+        return
+    names = {p.name for p in function.params if p.is_view}
+    notes = []
+    for node in ast.walk(source.tree):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if isinstance(target, ast.Name) and target.id in names and not _reads(node.value, target.id):
+                loc = source.location(node)
+                notes.append(f"line {loc.line} gives the name {target.id!r} another value: {loc.text.strip()}; "
+                             f"{target.id}[:] = ... writes to the parameter")
+    raise compile_error(f"kernel {function.name} writes nothing: give its result to tile.store(out, ...) or "
+                        "out[:] = ...", source.location(source.tree), notes=notes)
+
+
+def _reads(node: ast.expr, name: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
 
 
 def _mark_outputs(function: Function) -> None:

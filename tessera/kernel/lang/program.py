@@ -96,9 +96,29 @@ def device_assert(condition: Operand, message: str = "") -> None:
 
 @builtin
 def print(*items: Any) -> None:
-    """Print tiles, scalars and strings when the kernel runs; `{}` in the IR's text stands for each value."""
-    text = " ".join(item if isinstance(item, str) else "{}" if _is_run_time(item) else str(item) for item in items)
+    """Print tiles, scalars and texts when the kernel runs, in one line: `print("sum", s)` or `print("sum {}", s)`.
+
+    A first text with {} in it takes the values that follow. interp and cpu write the same line, with the place in the
+    source and the program of the grid; cuda one line an element.
+
+    Raises:
+        TypeRuleError: fewer values than {} in the first text.
+    """
+    rest = list(items)
+    parts: list[Any] = []
+    if items and isinstance(items[0], str) and "{}" in items[0]:
+        texts = rest.pop(0).split("{}")
+        if len(rest) < len(texts) - 1:
+            raise TypeRuleError(f"print: {items[0]!r} has {len(texts) - 1} places for {len(rest)} values")
+        parts.append("".join(_printed(x) for pair in zip(texts, [*rest[:len(texts) - 1], ""]) for x in pair))
+        items = (*rest[:len(texts) - 1], *(rest := rest[len(texts) - 1:]))
+    text = " ".join([*parts, *map(_printed, rest)])
     builder().emit("print", [tile_of(item) for item in items if _is_run_time(item)], text=text)
+
+
+def _printed(x: Any) -> str:
+    """An item in the text of a print: a place for what is known when the kernel runs."""
+    return "{}" if _is_run_time(x) else str(x).replace("{", "{{").replace("}", "}}")
 
 
 def _is_run_time(x: Any) -> bool:

@@ -20,7 +20,7 @@ from tessera.kernel import cache
 from tessera.kernel.backends.cpu import jit
 from tessera.kernel.backends.cpu import threads as openmp
 from tessera.kernel.backends.cpu.host import Target, target
-from tessera.kernel.ir import Function, asserts
+from tessera.kernel.ir import Function, asserts, walk
 
 
 class Compiled:
@@ -33,7 +33,7 @@ class Compiled:
             print(self.source, file=sys.stderr)
         # What is to be shown is made anew: the cache keeps only the code.
         code = self._compile() if shown else cache.cached(
-            f"cpu {host.key}\n{function}\n{function.schedule}", self._compile)
+            f"cpu {host.key}\n{function}\n{function.schedule}{_printed_places(function)}", self._compile)
         self._library = jit.load_object(code, host, openmp.symbols())
         self._launch = openmp.entry(self._library)
         self._pack = struct.Struct(_slot_format(function)).pack
@@ -113,6 +113,11 @@ def _slot_format(function: Function) -> str:
         dtype = param.value.type.dtype
         slots += "q" * (1 + param.value.type.rank) if param.is_view else "d" if dtype.is_float else "q"
     return slots + "q" * (len(function.sizes) + 2)
+
+
+def _printed_places(function: Function) -> str:
+    """The lines of its prints, which say them: the text of the function does not."""
+    return "".join(f"\nprint at {op.loc}" for op in walk(function.body) if op.name == "print")
 
 
 def compile(function: Function) -> Compiled:

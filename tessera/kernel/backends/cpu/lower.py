@@ -21,6 +21,7 @@ from tessera.kernel.backends.cpu.fusion import Fused, fused_products
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.loops import each, sweep, write
 from tessera.kernel.backends.cpu.matmul import lower_mma, store_products
+from tessera.kernel.backends.cpu.printing import lower_print
 from tessera.kernel.backends.cpu.reductions import reduce, scan
 from tessera.kernel.backends.cpu.sorting import sort
 from tessera.kernel.backends.cpu.stores import store_groups
@@ -341,26 +342,6 @@ def _atomic_add(ctx: Context, op: Op) -> None:
     _each_point(ctx, value, one)
 
 
-def _print(ctx: Context, op: Op) -> None:
-    """One line an element, through C's printf, in the order of the program."""
-    b = ctx.b
-    for value in op.operands:
-        label = op.attrs.get("text", "") + (value.hint or value.name)
-
-        def line(point: Point, value: ir.Value = value, label: str = label) -> None:
-            x = element(ctx, value, point)
-            x = b.cast("fpext", x, emit.F64) if emit.is_float(x.ty) else index64(ctx, x) if x.ty != emit.I1 else \
-                b.cast("zext", x, I64)
-            text = f"{label}[{', '.join(['%ld'] * len(point.indices))}] = {'%.9g' if x.ty == emit.F64 else '%ld'}\n"
-            data = ctx.module.table(f"{ctx.llvm.name}_text{ctx.llvm.unique()}", [*text.encode(), 0], emit.I8)
-            arguments = ", ".join(map(str, [data, *point.indices, x]))
-            b.emit(f"call i32 (ptr, ...) @printf({arguments})", emit.I32)
-
-        ctx.module.declare("printf", emit.I32, ["ptr, ..."])
-        _each_point(ctx, value, line)
-    b.call(ctx.module.declare("fflush", emit.I32, [PTR]), 0)
-
-
 def _assert(ctx: Context, op: Op) -> None:
     """A failed assertion leaves its number in the status slot; the launch raises."""
     b = ctx.b
@@ -397,7 +378,7 @@ _RULES = {
     "const": _const, "dim": _dim, "view": _view, "reduce": _reduce, "scan": scan, "sort": sort, "mma": lower_mma,
     "store": _store, "concat": _concat, "insert": _insert, "extract": _extract, "reshape": _reshape,
     "scatter": _scatter, "atomic_add": _atomic_add, "grid": _grid_inside,
-    "print": _print, "assert": _assert,
+    "print": lower_print, "assert": _assert,
     "for": lambda ctx, op: lower_for(ctx, op, _lower_block),
     "while": lambda ctx, op: lower_while(ctx, op, _lower_block),
     "if": lambda ctx, op: lower_if(ctx, op, _lower_block),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from string import Formatter
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda import memory
@@ -18,6 +19,7 @@ from tessera.kernel.backends.cuda.rules import converted
 from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
 from tessera.kernel.dims import Dim
+from tessera.types import f32
 
 MATRIX_SIDE = 128  # of a product's tile, where a program loops over them
 Presets = dict[int, list[Index | None]]  # id(store) -> the indices that the launch grid gives it
@@ -35,16 +37,28 @@ def block(emitter: Emitter, body: ir.Block, presets: Presets | None = None, only
         elif op.name == "grid":
             _keep_loads(emitter, body, position)
             _nested_grid(emitter, op, 0)
-        elif op.name == "print":
-            values = [emitter.emit(x, emitter.whole(x)).text for x in op.operands]
-            text = str(op.attrs.get("text", "")) or " "
-            emitter.scopes.line(f"tl.device_print({', '.join([repr(text), *values])})", op.loc)
+        elif op.name == "print" and not op.attrs.get("breakpoint"):
+            _print(emitter, op)
         elif op.name == "assert":
             condition = emitter.scalar(op.operands[0])
             emitter.scopes.line(f"tl.device_assert({condition.text}, {str(op.attrs.get('text', ''))!r})", op.loc)
         elif op.name in ir.CONTROL and has_effects(op):
             _keep_loads(emitter, body, position)
             lower(emitter, op)
+
+
+def _print(emitter: Emitter, op: ir.Op) -> None:
+    """A line for each value, after the text before it; Triton writes one for each of its elements."""
+    values = iter(op.operands)
+    for text, field, _, _ in Formatter().parse(str(op.attrs.get("text", "")) or " "):
+        if field is None:
+            emitter.scopes.line(f"tl.device_print({text!r})", op.loc)
+            continue
+        x = next(values)
+        shown = emitter.emit(x, emitter.whole(x))
+        is_small = x.type.dtype.is_float and x.type.dtype.bits < 32
+        number = converted(emitter, shown, x.type.dtype, f32) if is_small else shown.text
+        emitter.scopes.line(f"tl.device_print({text.strip() or x.hint or 'value'!r}, {number})", op.loc)
 
 
 def has_effects(op: ir.Op) -> bool:

@@ -81,6 +81,8 @@ def elementwise(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[
 
 def _exact(x: ir.Value, text: str) -> str:
     """A function's f64 constant as such: Triton would round a Python number to f32."""
+    while x.op is not None and x.op.name in ("broadcast", "full"):
+        x = x.op.operands[0]
     is_constant = x.op is not None and x.op.name == "const" and x.type.dtype == f64
     return f"tl.full((), {text}, tl.float64)" if is_constant else text
 

@@ -1,0 +1,80 @@
+"""Programs whose meaning the backends could take differently, on interp, cpu and Triton's interpreter."""
+
+import pytest
+import torch
+
+import tessera as ts
+from tessera import Tile, bf16, f32, f64, int32, int64, tile
+from tests.kernel.backends import BACKENDS, launch
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@ts.kernel
+def joins_ragged_blocks(x: Tile["N", f32], y: Tile["M", f32], total: Tile["P", f32], top: Tile["P", f32],
+                        both: Tile["P", 40, f32]):
+    for i in tile.grid(total.shape[0]):
+        joined = tile.concat([x[i * 16:i * 16 + 16], tile.load(y[i * 8:i * 8 + 8]) * 2.0])
+        total[i] = tile.sum(joined * joined)
+        top[i] = tile.max(joined)
+        tile.store(both[i, 0:24], joined)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiles_with_ragged_ends_join_without_a_gap(backend):
+    for n in (1, 33):
+        x, y, programs = rand(n), rand(n // 2 + 8, seed=n), -(-n // 16)
+        total, top, both = torch.empty(programs), torch.empty(programs), torch.zeros(programs, 40)
+        launch(joins_ragged_blocks, backend, x, y, total, top, both)
+        for i in range(programs):
+            joined = torch.cat([x[i * 16:i * 16 + 16], y[i * 8:i * 8 + 8] * 2])
+            torch.testing.assert_close(total[i], joined.square().sum())
+            assert top[i] == joined.max()
+            assert torch.equal(both[i], torch.cat([joined, torch.zeros(40 - len(joined))]))
+
+
+@ts.kernel
+def multiplies_ragged_rows(x: Tile["N", "D", f32], y: Tile["N", "D", f32], w: Tile["D", "E", f32], o: Tile["E", f32]):
+    total = tile.zeros((w.shape[1],))
+    for i in tile.range(0, x.shape[0], 8):
+        rows = tile.concat([x[i:i + 8], y[i:i + 8]], axis=0)
+        total = total + tile.sum(tile.mma(rows, w), axis=0)
+    tile.store(o, total)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_with_ragged_ends_join_before_a_product(backend):
+    x, y, w, o = rand(13, 5), rand(13, 5, seed=1), rand(5, 11, seed=2), torch.empty(11)
+    launch(multiplies_ragged_rows, backend, x, y, w, o)
+    torch.testing.assert_close(o.double(), ((x + y).double() @ w.double()).sum(0), rtol=1e-4, atol=1e-4)
+
+
+@ts.kernel
+def exact_constants(x: Tile["N", f64], o: Tile["N", f64], factor: float):
+    p = tile.abs(x) + 0.01
+    o[:] = p ** 1.7 + tile.fma(x, 1.3, tile.maximum(x, 0.3)) * factor
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constants_and_arguments_of_f64_keep_their_digits(backend):
+    x = rand(33).double()
+    o = torch.empty_like(x)
+    launch(exact_constants, backend, x, o, 0.1)
+    expected = (x.abs() + 0.01) ** 1.7 + (x * 1.3 + x.clamp(min=0.3)) * 0.1
+    torch.testing.assert_close(o, expected, rtol=1e-14, atol=1e-14)
+
+
+@ts.kernel
+def to_ints(x: Tile["N", bf16], o: Tile["N", int32], wide: Tile["N", int64]):
+    o[:] = tile.cast(x, int32)
+    wide[:] = tile.cast(x, int64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_becomes_ints(backend):
+    x = (rand(33) * 100).bfloat16()
+    o, wide = torch.empty(33, dtype=torch.int32), torch.empty(33, dtype=torch.int64)
+    launch(to_ints, backend, x, o, wide)
+    assert o.tolist() == wide.tolist() == [int(v) for v in x.tolist()]
