@@ -19,8 +19,8 @@ from tessera.ops.kernels.casted_linear import (
     casted_linear_kernel,
     int8_product_kernel,
     int8_rows_kernel,
-    quantize_rows_kernel,
 )
+from tessera.ops.kernels.quantize import quantize_kernel
 from tessera.ops.quantize import context_scale, dequantize_rows, fake_quantize_rows, is_quantized
 from tessera.ops.registration import Operation
 from tessera.types import DType, Tensor, dtype_of, fp8_e4m3, fp8_e5m2, int8
@@ -100,8 +100,7 @@ def quantized_matmul(
     scale_N = torch.as_tensor(weight_scale, dtype=torch.float32, device=x.device) * (input_scale / output_scale)
     scale_N = scale_N.reshape(-1).expand(weight.shape[-1]).contiguous()
     wide = x.float() if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) else x
-    out_MN = wide.new_empty(wide.shape[:-1].numel(), weight.shape[1], dtype=torch.float32)
-    casted_linear_kernel(wide.reshape(-1, wide.shape[-1]), weight.t(), scale_N, out_MN)
+    out_MN = _quantized_matmul_op(wide.reshape(-1, wide.shape[-1]), weight, scale_N)
     return saturate(out_MN.view(*x.shape[:-1], weight.shape[1]), dtype_of(output_dtype).torch)
 
 
@@ -144,6 +143,16 @@ def _casted_linear_reference(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, b
     return (out_MN if bias_N is None else out_MN + bias_N.to(wide)).to(x_MK.dtype)
 
 
+def _quantized_matmul(x_MK: Tensor, weight_KN: Tensor, scale_N: Tensor) -> Tensor:
+    out_MN = _fake_matmul(x_MK, weight_KN, scale_N)
+    casted_linear_kernel(x_MK, weight_KN.t(), scale_N, out_MN)
+    return out_MN
+
+
+def _fake_matmul(x_MK: Tensor, weight_KN: Tensor, scale_N: Tensor) -> Tensor:
+    return x_MK.new_empty(x_MK.shape[0], weight_KN.shape[1], dtype=torch.float32)
+
+
 def _int8_linear(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
     out_MN = x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0])
     if x_MK.is_cpu and x_MK.shape[0] <= _FEW_ROWS:
@@ -151,7 +160,7 @@ def _int8_linear(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, bias_N: Tenso
         return out_MN
     quantized_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
     x_scale_M = x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
-    quantize_rows_kernel(x_MK, quantized_MK, x_scale_M)
+    quantize_kernel(x_MK, quantized_MK, x_scale_M, None, "int8")
     in_floats = x_MK.is_cpu and not _has_byte_products()
     int8_product_kernel(quantized_MK, x_scale_M, weight_NK, scale_N, out_MN, bias_N, in_floats)
     return out_MN
@@ -183,3 +192,6 @@ def _operation(name: str, kernel: object, reference: object) -> Operation:
 
 _casted_linear_op = _operation("casted_linear", _casted_linear, _casted_linear_reference)
 _int8_linear_op = _operation("int8_linear", _int8_linear, _int8_linear_reference)
+_quantized_matmul_op = Operation(
+    "quantized_matmul(Tensor x, Tensor weight, Tensor scale) -> Tensor", kernel=_quantized_matmul, fake=_fake_matmul,
+    reference=lambda x_MK, weight_KN, scale_N: (x_MK.float() @ weight_KN.float()) * scale_N)

@@ -141,7 +141,8 @@ ROWS: tuple[Row, ...] = (
     Row(functions=("mul_fp8", "swish_fp8"), shapes=((5, 33),),
         sample=lambda x: ops.mul_fp8(ops.swish_fp8(ops.cast(x, "fp8_e4m3")), ops.cast(x, "fp8_e4m3")).to(x.dtype)),
     Row(functions=("quantize", "dequantize", "quantize_rows", "dequantize_rows", "fake_quantize_rows"),
-        shapes=((5, 64),), sample=lambda x: sum(  # type: ignore[arg-type,return-value]
+        registered=("quantize", "dequantize", "fake_quantize"), shapes=((5, 64),),
+        sample=lambda x: sum(  # type: ignore[arg-type,return-value]
             ops.quantize(x, kind).dequantize(x.dtype) for kind in ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "mxfp4")),
         bench=("quantize",)),
     Row(functions=("softmax", "softmax_safe"), registered=("softmax",), shapes=((5, 33),),

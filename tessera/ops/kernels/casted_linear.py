@@ -8,6 +8,7 @@ from tessera import kernel
 from tessera.kernel import constexpr
 from tessera.kernel import lang as tile
 from tessera.ops.kernels.gemm import plus_bias
+from tessera.ops.kernels.quantize import LARGEST, steps_of_rows
 from tessera.types import Tile, f32, int8, int32
 
 
@@ -26,20 +27,6 @@ def casted_linear_kernel(x: Tile["M", "K"], weight: Tile["N", "K"], scale: Tile[
     product = tile.mma(tile.load(x), tile.transpose(tile.cast(tile.load(weight), f32)))
     result = product * tile.cast(tile.load(scale), f32)
     tile.store(out, plus_bias(result, bias))
-
-
-@kernel
-def quantize_rows_kernel(x: Tile["M", "K"], out: Tile["M", "K", int8], scale: Tile["M", f32]):
-    """out = round(x / scale) with scale = max|x| / 127 of each row; 1 for a row of zeros.
-
-    Args:
-        x: [M, K].
-        out: [M, K] int8.
-        scale: [M] f32.
-    """
-    codes, step = _codes(x)
-    tile.store(out, codes)
-    tile.store(scale, tile.reshape(step, (step.shape[0],)))
 
 
 @kernel
@@ -73,22 +60,16 @@ def int8_product_kernel(x: Tile["M", "K", int8], x_scale: Tile["M", f32], weight
 @kernel
 def int8_rows_kernel(x: Tile["M", "K"], weight: Tile["N", "K", int8], scale: Tile["N", f32], out: Tile["M", "N"],
                      bias: Optional[Tile["N"]] = None):  # noqa: UP045
-    """`quantize_rows_kernel` and `int8_product_kernel` in one launch, for few rows: each block rounds them again.
+    """`quantize_kernel` and `int8_product_kernel` in one launch, for few rows: each block rounds them again.
 
     Args:
         x: [M, K], a float dtype.
         weight, scale, out, bias: as there.
     """
-    codes, step = _codes(x)
-    _store_scaled(out, tile.mma(codes, tile.transpose(tile.load(weight))), step, scale, bias)
-
-
-def _codes(x):
-    """x in steps of max|x| / 127 of its row: (int8 [M, K], steps [M, 1])."""
     values = tile.cast(tile.load(x), f32)
-    largest = tile.reduce_max(tile.abs(values), axis=-1, keepdim=True) / 127.0
-    step = tile.where(largest < 1.1754943508222875e-38, 1.0, largest)
-    return tile.cast(tile.round(values / step), int8), step
+    step = steps_of_rows(values, LARGEST["int8"])
+    codes = tile.cast(tile.round(values / step), int8)
+    _store_scaled(out, tile.mma(codes, tile.transpose(tile.load(weight))), step, scale, bias)
 
 
 def _store_scaled(out, total, step, scale, bias):

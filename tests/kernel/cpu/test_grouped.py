@@ -13,7 +13,8 @@ from tessera import Tile, f32, int8, int32, kernel, tile
 from tessera.kernel.backends import cpu
 from tessera.kernel.backends.cpu import jit
 from tessera.kernel.backends.cpu.host import target
-from tessera.ops.kernels.casted_linear import int8_product_kernel, int8_rows_kernel, quantize_rows_kernel
+from tessera.ops.kernels.casted_linear import int8_product_kernel, int8_rows_kernel
+from tessera.ops.kernels.quantize import quantize_kernel
 from tessera.ops.kernels.quantized import int4_product_kernel, int8_group_product_kernel
 
 from ..backends import launch
@@ -110,7 +111,7 @@ def test_rows_in_one_launch_have_the_bits_of_two(m, n, k):
     outs = [torch.full((m, n), float("nan")) for _ in range(3)]
     launch(int8_rows_kernel, "interp", x, w, scale, outs[0])
     launch(int8_rows_kernel, "cpu", x, w, scale, outs[1])
-    launch(quantize_rows_kernel, "cpu", x, codes, step)
+    launch(quantize_kernel, "cpu", x, codes, step)
     launch(int8_product_kernel, "cpu", codes, step, w, scale, outs[2], None, True)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
