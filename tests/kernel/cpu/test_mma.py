@@ -231,7 +231,7 @@ def test_kernels_use_whole_registers_without_spills(kind, instruction, cpu, rows
     t, register = mma.tiling(host), "zmm" if host.has_avx512 else "ymm"
     kernel = Kernel(target=host, dot=dot, lanes=t.lanes, mr=t.mr, nr=t.nr, pitch=t.kc + 16 if rows_of_a else 0)
     module = Module()
-    function = tile_kernel(module, kernel, t.mr, edge=False)
+    function = tile_kernel(module, kernel)
     module.function("keep", PTR, []).builder.ret(function.pointer)
     asm = [line.split("#")[0] for line in jit.compile_to_asm(module.text(), host).splitlines()]
     found = [line for line in asm if instruction in line]

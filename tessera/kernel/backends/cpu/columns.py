@@ -5,7 +5,7 @@ indexes with `step`: a position whose place in its block is known while the code
 then reads 16 bytes of each row, transposes them as 32-bit units, and hands out one k after the other: about one
 shuffle for each vector of f32, a quarter of one for int8, an eighth for 4-bit elements.
 
-In: memory and indices, from `elements.load` and reshapes. Out: registers. The loops are in `skinny.py`.
+In: memory and indices, from `elements.load` and reshapes. Out: registers. The loops are in `weights.py`.
 """
 
 from __future__ import annotations

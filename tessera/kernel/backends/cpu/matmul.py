@@ -1,4 +1,4 @@
-"""Lowers `mma`: packed and register-blocked (`mma.py`), straight from memory for few rows (`skinny.py`), or loops.
+"""Lowers `mma`: packed and register-blocked (`mma.py`), straight from memory for one row (`skinny.py`), or loops.
 
 Each output element is one chain acc = fma(a_k, b_k, acc), k ascending, from 0 or from the accumulator, on every
 path (pairs of bf16 where the processor adds pairs: `mma_dot.py`). Operands that are computed on demand (a norm
@@ -21,9 +21,12 @@ from tessera.kernel.backends.cpu.mma_dot import F32_CHAIN, Dot, dot_unit
 from tessera.kernel.backends.cpu.mma_pack import UNIT
 from tessera.kernel.backends.cpu.operands import memory_of, packing_source
 from tessera.kernel.backends.cpu.plan import stored_value
+from tessera.kernel.backends.cpu.weights import Weights
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Op, TileTy, Value
 from tessera.types import DType, f32, int32
+
+_FEW_BYTES = 16  # rows of a product of bytes; from more on, packing pays
 
 
 def lower_mma(ctx: Context, op: Op) -> None:
@@ -64,7 +67,7 @@ def store_products(ctx: Context, op: Op, products: Sequence[Op], type_: TileTy) 
     parts = [_Operands(ctx, mma_op) for mma_op in products]
     t = mma.tiling(ctx.target)
     width = ctx.size(_width(parts))
-    most = (Dim.of(t.mc) * _width(parts)).maximum(skinny.ROWS * type_.shape[-1])
+    most = (Dim.of(t.mc) * _width(parts)).maximum(min(part.most_few(ctx) for part in parts) * type_.shape[-1])
     chunks = [ctx.scratch(most * UNIT) for _ in parts]
     few = _few_rows(ctx, parts, type_)
     pitch = width if few is None else ctx.b.select(few, ctx.size(type_.shape[-1]), width)
@@ -129,9 +132,10 @@ class _Operands:
         w = self.right.type
         self.scratch = mma.scratch(mma.tiling(ctx.target), dot, w.shape[-1], w.shape[-2])
         self.memory = ctx.scratch(self.scratch.total)
+        self.in_bytes = byte_few.multiplies(ctx, op)
         # The products of a loop have no weights that few rows share: their blocks are packed anyway.
         self.few = None if _in_loop(ctx, op) else ctx.scratch(
-            byte_rows.scratch_bytes(w.shape[-2]) if byte_few.multiplies(ctx, op) else skinny.scratch_bytes())
+            byte_rows.scratch_bytes(w.shape[-2]) if self.in_bytes else skinny.scratch_bytes())
 
     def product(self, ctx: Context, batch: tuple[Val, ...], width: Val, c: Val, ldc: Val) -> mma.Product:
         """What `mma.matmul` takes."""
@@ -142,15 +146,22 @@ class _Operands:
             w=packing_source(ctx, self.right, w_batch, self.dot, lanes_axis=1),
             memory=self.memory, width=width, c=c, ldc=ldc, accumulate=len(self.op.operands) == 3)
 
+    def most_few(self, ctx: Context) -> int:
+        """The most rows that `multiply_few` takes."""
+        if self.in_bytes:
+            return _FEW_BYTES
+        batch = (ZERO,) * (self.op.result.type.rank - 2)
+        return skinny.most_rows(Weights(ctx, self.right, batch, self.dot))
+
     def multiply_few(self, ctx: Context, batch: tuple[Val, ...], m: Val, n: Val, c: Val, ldc: Val) -> None:
-        """The product of at most `skinny.ROWS` rows."""
+        """The product of at most `most_few` rows."""
         assert self.few is not None
-        if byte_few.multiplies(ctx, self.op):
+        if self.in_bytes:
             byte_few.multiply(ctx, self.op, m, n, inner_extent(ctx, self.op), c, ldc, self.few)
             return
         skinny.multiply(ctx, skinny.Product(
-            a=self.left, w=self.right, dot=self.dot, batch=batch, m=m, n=n, k=inner_extent(ctx, self.op), c=c, ldc=ldc,
-            accumulate=len(self.op.operands) == 3, most_rows=self.left.type.shape[-2].const or skinny.ROWS), self.few)
+            a=self.left, w=Weights(ctx, self.right, batch, self.dot), dot=self.dot, batch=batch, m=m, n=n,
+            k=inner_extent(ctx, self.op), c=c, ldc=ldc, accumulate=len(self.op.operands) == 3), self.few)
 
 
 def _matmul(ctx: Context, parts: Sequence[tuple[_Operands, Val, Val]], batch: tuple[Val, ...], type_: TileTy,
@@ -178,10 +189,10 @@ def _width(parts: Sequence[_Operands]) -> Dim:
 
 
 def _few_rows(ctx: Context, parts: Sequence[_Operands], type_: TileTy) -> Val | None:
-    """Whether the products are for `skinny`; None where that is known not to be."""
+    """Whether the rows are so few that the products are not packed; None where that is known not to be."""
     if any(part.few is None for part in parts):
         return None
-    few = ctx.b.cmp("le", ctx.size(type_.extent(type_.rank - 2)), skinny.ROWS)
+    few = ctx.b.cmp("le", ctx.size(type_.extent(type_.rank - 2)), min(part.most_few(ctx) for part in parts))
     for part in parts:
         few = ctx.b.and_(few, ctx.b.cmp("gt", inner_extent(ctx, part.op), 0))
     return few

@@ -15,6 +15,7 @@ rows are computed, A a chunk at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 from tessera.kernel.backends.cpu.emit import F32, I1, I32, I64, Builder, Val, const, vec
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.mma_dot import Dot, shifted_sums
-from tessera.kernel.backends.cpu.mma_micro import Kernel, block_kernel
+from tessera.kernel.backends.cpu.mma_micro import FEW, Kernel, block_kernel
 from tessera.kernel.backends.cpu.mma_pack import UNIT, Source, pack_panels, pack_rows
 from tessera.kernel.dims import Dim
 
 PACKED_BYTES = 32 << 20  # at most, of packed W; a deeper K makes the columns fewer
 _GROUP = 64  # columns that are handed on while they are in the cache; a multiple of any NR
+_UNITS = 16  # blocks of k are so many units, or a multiple
+_SHALLOW = 256  # units of a panel that is used once or twice
 _PAD = 16  # units behind a row of packed A: rows a power of two apart would share cache sets
 
 Done = Callable[[Val, Val, Val, Val, Val], None]
@@ -171,7 +174,7 @@ class Product:
             for v, total in enumerate(unit.results):
                 b.store(total, b.gep(self._sums, b.add(panel.i, v * t.lanes), F32))
 
-    def chunk(self, row: Val, rows: Val, column: Val, columns: Val, *, alone: Val, whole: bool,
+    def chunk(self, row: Val, rows: Val, column: Val, columns: Val, *, alone: Val, few: Val, whole: bool,
               done: Done | None) -> None:
         """C[rows, columns] from a row and a column on: blocks of k in order.
 
@@ -179,6 +182,7 @@ class Product:
 
         Args:
             alone: no other rows follow: packed W need not be kept.
+            few: the rows are so few that packed W is used once or twice: it should not leave the first-level cache.
             whole: C is memory for all of the product, not for this chunk alone.
             done: called for some columns at a time, as soon as they are complete.
         """
@@ -189,17 +193,18 @@ class Product:
         block = block_kernel(b.module, kernel)
         panels, distance = self._panels(column)
         started = self._start(c, rows, columns)
-        depth = _share(b, self.k, t.kc * dot.pack, 16 * dot.pack)
+        depth, wide_group = self._pieces(few)
         with b.for_(0, b.max(self.k, 1), depth) as start:  # once for k = 0: the kernels clear C
             steps = b.min(b.sub(self.k, start.i), depth)
             units = b.ceil_div(steps, dot.pack)
             if pitch:
                 pack_rows(b, dot, self.a, t.lanes, row, rows, start.i, steps, self.memory, pitch)
+                self._fill_up(rows, units, pitch)
             else:
                 pack_panels(b, dot, self.a, t.lanes, t.mr, row, rows, start.i, steps, self.memory, units)
             keep = b.or_(started, b.cmp("gt", start.i, 0))
-            with b.for_(0, columns, _GROUP) as group:
-                wide = b.min(b.sub(columns, group.i), _GROUP)
+            with b.for_(0, columns, wide_group) as group:
+                wide = b.min(b.sub(columns, group.i), wide_group)
                 at = b.add(b.mul(b.udiv(group.i, t.nr), distance), b.mul(b.udiv(start.i, dot.pack), t.nr))
                 w, step = b.gep(panels, at, F32), distance
                 if not isinstance(self.w, Panels) and not dot.shift:
@@ -210,6 +215,24 @@ class Product:
                 if done:
                     with b.if_(b.cmp("ge", b.add(start.i, depth), self.k)):
                         done(row, column, group.i, rows, wide)
+
+    def _fill_up(self, rows: Val, units: Val, pitch: int) -> None:
+        """Zeros in the rows that only fill a kernel up: what lies there may be numbers that take long to multiply."""
+        b, mr = self.b, self.t.mr
+        with b.for_(rows, b.mul(b.ceil_div(rows, mr), mr)) as row:
+            b.fill(b.gep(self.memory, b.mul(row.i, pitch * UNIT), "i8"), 0, b.mul(units, UNIT))
+
+    def _pieces(self, few: Val) -> tuple[Val, Val]:
+        """Steps of k, and columns, that are packed and multiplied at a time."""
+        b, t, pack = self.b, self.t, self.dot.pack
+        unit = _UNITS * pack
+        if isinstance(self.w, Panels) or self.dot.shift:
+            return _share(b, self.k, t.kc * pack, unit), const(_GROUP, I64)
+        unit = math.lcm(unit, self.w.block)
+        # Rows of W [K, N] are read along: the prefetcher follows so many streams.
+        shallow, narrow = (_SHALLOW * pack, t.nr) if self.w.along_k else (unit, _GROUP)
+        depths = [_share(b, self.k, most // unit * unit, unit) for most in (shallow, t.kc * pack)]
+        return b.select(few, *depths), b.select(few, b.value(narrow, I64), _GROUP)
 
     def _start(self, c: Val, rows: Val, columns: Val) -> Val:
         """Give C what it starts from, where that is not the kernels' zero; returns whether they have to add to it."""
@@ -237,7 +260,7 @@ def matmul(b: Builder, products: Sequence[Product], *, m: Val, n: Val,
     """
     t, width = products[0].t, products[0].width
     step = _share(b, m, t.mc, t.mr)
-    alone = b.cmp("ge", step, m)
+    alone, seldom = b.cmp("ge", step, m), b.cmp("le", m, max(2 * FEW, t.mr))
     if few:
         step, width = b.select(few[0], m, step), b.select(few[0], n, width)
     with b.for_(0, n, width) as column:
@@ -254,7 +277,7 @@ def matmul(b: Builder, products: Sequence[Product], *, m: Val, n: Val,
                         done(row.i, column.i, const(0, I64), rows, columns)
             with _unless(b, few and few[0]):
                 for product in products:
-                    product.chunk(row.i, rows, column.i, columns, alone=alone, whole=done is None,
+                    product.chunk(row.i, rows, column.i, columns, alone=alone, few=seldom, whole=done is None,
                                   done=done if product is products[-1] else None)
 
 

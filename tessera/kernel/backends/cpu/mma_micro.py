@@ -4,15 +4,15 @@ In: A in rows or panels, W in panels (`mma_pack.py`). Out: helper functions of t
 kernels of a module are shared by all its products. Called by `mma.py`.
 
 A kernel holds `mr` x `nr` sums in registers, and for each unit of k reads one row of a W panel and one unit of each
-row of A. Ragged rows are covered by a ladder of smaller kernels, ragged columns are masked where C is read and
-written; W panels are always whole.
+row of A. Ragged rows are left to a kernel of few rows, ragged columns go through a whole tile of C; W panels are always
+whole.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Function, Module, Val, const, vec
+from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Builder, Function, Module, Val, const, vec
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.mma_dot import Dot, multiply_add
 
@@ -47,9 +47,12 @@ class Kernel:
         return (self.pitch, 1) if self.pitch else (1, self.mr)
 
 
+FEW = 4  # rows of the kernel for what is left; more would not be faster, its sums fill the pipelines
 _LINE_UNITS = 16  # of a cache line
 _TILE = [("a", "ptr noalias readonly"), ("w", "ptr noalias readonly"), ("c", "ptr noalias"), ("ldc", I64),
-         ("units", I64), ("keep", I1), ("columns", I64)]
+         ("units", I64), ("keep", I1)]
+_FEW_TILE = [*_TILE, ("rows", I64)]
+_EDGE = [*_TILE, ("columns", I64), ("rows", I64)]
 _BLOCK = [("a", "ptr noalias readonly"), ("w", "ptr noalias readonly"), ("w_panel", I64), ("c", "ptr noalias"),
           ("ldc", I64), ("rows", I64), ("columns", I64), ("units", I64), ("keep", I1)]
 
@@ -66,70 +69,84 @@ def block_kernel(module: Module, kernel: Kernel) -> Function:
 def _emit_block(function: Function, kernel: Kernel) -> None:
     b, module = function.builder, function.module
     a, w, w_panel, c, ldc, rows, columns, units, keep = function.args
-    full = tile_kernel(module, kernel, kernel.mr, edge=False)
-    edge = module.helper(f"{kernel.name}_edge", VOID, [*_TILE, ("rows", I64)],
-                         lambda f: _emit_edge(f, kernel), inline=False)
+    full = tile_kernel(module, kernel)
+    edge = module.helper(f"{kernel.name}_edge", VOID, _EDGE, lambda f: _emit_edge(f, kernel), inline=False)
     a_row = b.mul(units, 1) if not kernel.pitch else const(kernel.pitch, I64)
     share = b.mul(b.udiv(b.mul(units, kernel.nr), b.max(rows, 1)), kernel.mr)  # of the next panel, asked for by a tile
+    step: Val = const(kernel.mr, I64)
+    if kernel.pitch and kernel.mr < 2 * FEW:
+        step = b.select(b.and_(b.cmp("gt", rows, kernel.mr), b.cmp("le", rows, 2 * FEW)), FEW, step)
     with b.for_(0, columns, kernel.nr) as column:
         panel = b.gep(w, b.mul(b.udiv(column.i, kernel.nr), w_panel), F32)
         wide, at = b.sub(columns, column.i), b.gep(c, column.i, F32)
-        with b.for_(0, rows, kernel.mr) as row:
-            high = b.sub(rows, row.i)
+        with b.for_(0, rows, step) as row:
+            high = b.min(b.sub(rows, row.i), step)
             x, to = b.gep(a, b.mul(row.i, a_row), F32), b.gep(at, b.mul(row.i, ldc), F32)
-            ahead = b.gep(panel, b.add(w_panel, b.mul(b.udiv(row.i, kernel.mr), share)), F32)
-            with b.for_(0, share, _LINE_UNITS) as line:
-                b.prefetch(b.gep(ahead, line.i, F32), locality=2)
             whole = b.and_(b.cmp("ge", high, kernel.mr), b.cmp("ge", wide, kernel.nr))
             with b.if_(whole, likely=True) as branch:
-                b.call(full, x, panel, to, ldc, units, keep, kernel.nr)
+                ahead = b.gep(panel, b.add(w_panel, b.mul(b.udiv(row.i, kernel.mr), share)), F32)
+                with b.for_(0, share, _LINE_UNITS) as line:
+                    b.prefetch(b.gep(ahead, line.i, F32), locality=2)
+                b.call(full, x, panel, to, ldc, units, keep)
             with branch.else_():
-                b.call(edge, x, panel, to, ldc, units, keep, b.min(wide, kernel.nr), b.min(high, kernel.mr))
+                b.call(edge, x, panel, to, ldc, units, keep, b.min(wide, kernel.nr), high)
     b.ret()
 
 
 def _emit_edge(function: Function, kernel: Kernel) -> None:
-    """Cover `rows` <= mr rows with kernels of mr, ..., 4, 2, 1 rows."""
-    b = function.builder
+    """What is no whole tile: fewer rows, and columns that do not fill a panel, whose sums lie in a tile meanwhile."""
+    b, nr = function.builder, kernel.nr
     a, w, c, ldc, units, keep, columns, rows = function.args
-    done: Val = const(0, I64)
-    for size in ladder(kernel.mr):
-        with b.if_(b.cmp("ge", b.sub(rows, done), size)) as branch:
-            x = b.gep(a, b.mul(done, kernel.a_strides()[0]), F32)
-            b.call(tile_kernel(function.module, kernel, size, edge=True),
-                   x, w, b.gep(c, b.mul(done, ldc), F32), ldc, units, keep, columns)
-            branch.give([b.add(done, size)])
-        with branch.else_():
-            branch.give([done])
-        done = branch.results[0]
+    ragged = b.cmp("lt", columns, nr)
+    tile = b.alloca(F32, kernel.mr * nr)
+    with b.if_(ragged) as branch:
+        _copy_tile(b, kernel, c, ldc, tile, const(nr, I64), rows, columns)
+        branch.give([tile, const(nr, I64)])
+    with branch.else_():
+        branch.give([c, ldc])
+    to, pitch = branch.results
+    with b.if_(b.cmp("eq", rows, kernel.mr)) as branch:
+        b.call(tile_kernel(function.module, kernel), a, w, to, pitch, units, keep)
+    with branch.else_(), b.for_(0, rows, FEW) as row:
+        b.call(tile_kernel(function.module, kernel, few=True), b.gep(a, b.mul(row.i, kernel.a_strides()[0]), F32), w,
+               b.gep(to, b.mul(row.i, pitch), F32), pitch, units, keep, b.min(b.sub(rows, row.i), FEW))
+    with b.if_(ragged):
+        _copy_tile(b, kernel, tile, const(nr, I64), c, ldc, rows, columns)
     b.ret()
 
 
-def ladder(mr: int) -> list[int]:
-    """The row counts there are kernels for: mr, and the powers of two below it."""
-    return [mr, *(size for size in (8, 4, 2, 1) if size < mr)]
+def _copy_tile(b: Builder, kernel: Kernel, source: Val, pitch: Val, to: Val, to_pitch: Val, rows: Val,
+               columns: Val) -> None:
+    with b.for_(0, rows) as row, b.for_(0, columns, kernel.lanes) as at:
+        mask = b.lane_mask(b.min(b.sub(columns, at.i), kernel.lanes), kernel.lanes)
+        x = b.masked_load(b.gep(source, b.add(b.mul(row.i, pitch), at.i), F32), vec(kernel.lanes, F32), mask)
+        b.masked_store(x, b.gep(to, b.add(b.mul(row.i, to_pitch), at.i), F32), mask)
 
 
-def tile_kernel(module: Module, kernel: Kernel, rows: int, *, edge: bool) -> Function:
-    """The kernel for C[rows, nr] (+)= A[rows] @ one panel of W; with `edge` only `columns` of the columns exist."""
-    name = f"{kernel.name}_{rows}x{kernel.nr}{'_edge' if edge else ''}"
-    return module.helper(name, VOID, _TILE, lambda f: _emit_tile(f, kernel, rows, edge), inline=False)
+def tile_kernel(module: Module, kernel: Kernel, *, few: bool = False) -> Function:
+    """The kernel for C[rows, nr] (+)= A[rows] @ one panel of W: for `mr` rows, or `few`, of FEW and told how many rows
+    there are, at least one."""
+    name = f"{kernel.name}_{'few' if few else kernel.mr}x{kernel.nr}"
+    return module.helper(name, VOID, _FEW_TILE if few else _TILE, lambda f: _emit_tile(f, kernel), inline=False)
 
 
-def _emit_tile(function: Function, kernel: Kernel, rows: int, edge: bool) -> None:
+def _emit_tile(function: Function, kernel: Kernel) -> None:
     b = function.builder
-    a, w, c, ldc, units, keep, columns = function.args
+    a, w, c, ldc, units, keep, *count = function.args
+    rows = FEW if count else kernel.mr
     a_row, a_unit = kernel.a_strides()
     lanes, vectors, dot = kernel.lanes, kernel.vectors, kernel.dot
     ty = vec(lanes, dot.total)
-    masks = [b.lane_mask(b.sub(columns, v * lanes), lanes) for v in range(vectors)] if edge else []
-    lines = [b.gep(c, b.mul(ldc, row), F32) for row in range(rows)]
-    spots = [(b.gep(line, v * lanes, F32), v) for line in lines for v in range(vectors)]
-    if not edge:
+    numbers: list[Val] = [const(row, I64) for row in range(rows)]
+    if count:  # a row that only fills the kernel up is written where the last one is, before it
+        numbers[1:] = [b.min(row, b.sub(count[0], 1)) for row in numbers[1:]]
+    lines = [b.gep(c, b.mul(ldc, row), F32) for row in numbers]
+    spots = [b.gep(line, v * lanes, F32) for line in lines for v in range(vectors)]
+    if not count:
         for row in range(rows):  # of the tile below, which comes next
             b.prefetch(b.gep(c, b.mul(ldc, rows + row), F32), write=True)
     with b.if_(keep) as branch:
-        branch.give([b.masked_load(at, ty, masks[v]) if edge else b.load(at, ty) for at, v in spots])
+        branch.give([b.load(at, ty) for at in spots])
     with branch.else_():
         branch.give([const(0, ty)] * len(spots))
     with b.for_(0, units, carry=branch.results) as loop:
@@ -141,9 +158,6 @@ def _emit_tile(function: Function, kernel: Kernel, rows: int, edge: bool) -> Non
             sums += [multiply_add(b, kernel.target, dot, x, y, loop.carry[row * vectors + v])
                      for v, y in enumerate(ws)]
         loop.next(sums)
-    for (at, v), total in zip(spots, loop.results):
-        if edge:
-            b.masked_store(total, at, masks[v])
-        else:
-            b.store(total, at)
+    for at, total in reversed(list(zip(spots, loop.results))):
+        b.store(total, at)
     b.ret()

@@ -1,7 +1,8 @@
 """Operands of matrix products as the packing reads them.
 
 In: a tile value, in memory or computed on demand. Out: a `Source` that gives vectors of packable elements, along the
-lanes or along k, whichever way the memory behind it runs. Called by `matmul.py`.
+lanes or along k, whichever way the memory behind it runs; columns whose rows run along k are transposed in registers
+(`weights.py`). Called by `matmul.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,21 @@ from tessera.kernel.backends.cpu.emit import F32, I16, I32, Val
 from tessera.kernel.backends.cpu.mma_dot import Dot
 from tessera.kernel.backends.cpu.mma_pack import Source, strided
 from tessera.kernel.backends.cpu.storage import from_storage
+from tessera.kernel.backends.cpu.weights import Weights
 from tessera.kernel.ir import ELEMENTWISE, Value
 
 
 def packing_source(ctx: Context, value: Value, batch: tuple[Val, ...], dot: Dot, lanes_axis: int) -> Source:
     """An operand for packing: its last two axes, the one of the lanes and the one of k."""
+    source = _source(ctx, value, batch, dot, lanes_axis)
+    if lanes_axis == 1:
+        weights = Weights(ctx, value, batch, dot)
+        if weights.transposes:
+            return replace(source, units=weights.units, block=weights.block)
+    return source
+
+
+def _source(ctx: Context, value: Value, batch: tuple[Val, ...], dot: Dot, lanes_axis: int) -> Source:
     b, memory = ctx.b, memory_of(ctx, value)
     lane, k = (len(batch) + lanes_axis, len(batch) + 1 - lanes_axis)
     shift = dot.shift if lanes_axis == 0 else 0
