@@ -142,6 +142,8 @@ class Builder(ShapeBuilder):
         """Uniform f32 in [0, 1) from Philox4x32-10 of (seed, offset), Triton's `tl.rand` bit for bit."""
         if not offset.type.dtype.is_int:
             raise TypeRuleError(f"rand: offset is {show(offset)}; expected ints", offset)
+        if seed.type.rank or not seed.type.dtype.is_int:
+            raise TypeRuleError(f"rand: seed is {show(seed)}; expected an int scalar", seed)
         return self.emit("rand", [seed, offset], [TileTy(offset.type.shape, f32, offset.type.valid)]).result
 
     # -- memory -------------------------------------------------------------------------------------
@@ -175,17 +177,20 @@ class Builder(ShapeBuilder):
         if not isinstance(view.type, ViewTy):
             raise TypeRuleError(
                 f"{what}: target is the tile {show(view)}; expected a parameter or a slice of one", view)
-        if view.type.dtype == int4:
-            raise TypeRuleError(f"{what}: int4 parameters are read-only", view)
-        if (x.type.dtype.is_float != view.type.dtype.is_float) and x.type.dtype != bool_ and view.type.dtype != bool_:
-            raise TypeRuleError(f"{what}: {show(x)} into {show(view)}: cast it to {view.type.dtype} first", x, view)
-        x = self.cast(x, view.type.dtype)
+        x = self._fit_dtype(view, x, what)
         if x.type.rank == 0 and view.type.rank:
             return self.full(view.type.shape, x)
         if x.type.rank != view.type.rank or any(
                 a != b and a.const != 1 for a, b in zip(x.type.shape, view.type.shape)):
             raise TypeRuleError(f"{what}: {show(x)} does not fit {show(view)}", x, view)
         return self.broadcast(x, view.type.shape, range(x.type.rank)) if x.type.shape != view.type.shape else x
+
+    def _fit_dtype(self, view: Value, x: Value, what: str) -> Value:
+        if view.type.dtype == int4:
+            raise TypeRuleError(f"{what}: int4 parameters are read-only", view)
+        if (x.type.dtype.is_float != view.type.dtype.is_float) and x.type.dtype != bool_ and view.type.dtype != bool_:
+            raise TypeRuleError(f"{what}: {show(x)} into {show(view)}: cast it to {view.type.dtype} first", x, view)
+        return self.cast(x, view.type.dtype)
 
     def gather(self, view: Value, index: Value) -> Value:
         """Rows of a view's first axis: index.shape + view.shape[1:]."""
@@ -198,7 +203,7 @@ class Builder(ShapeBuilder):
         self._row_index("scatter", view, index)
         if x.type.shape != index.type.shape + view.type.shape[1:]:
             raise TypeRuleError(f"scatter: {show(x)} given; expected {list(index.type.shape + view.type.shape[1:])}", x)
-        self.emit("scatter", [view, index, self.cast(x, view.type.dtype)])
+        self.emit("scatter", [view, index, self._fit_dtype(view, x, "scatter")])
 
     def _row_index(self, what: str, view: Value, index: Value) -> None:
         if not isinstance(view.type, ViewTy) or not view.type.rank:

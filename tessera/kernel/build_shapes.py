@@ -71,6 +71,8 @@ class ShapeBuilder:
         if dtype is None:
             dtype = bool_ if isinstance(value, bool) else int64 if isinstance(value, int) else f32
         kind: type = float if dtype.is_float else bool if dtype == bool_ else int
+        if kind is int and not -2**(dtype.bits - 1) <= int(value) < 2**(dtype.bits - (dtype.kind == "int")):
+            raise TypeRuleError(f"{value} given; it does not fit {dtype}")
         return self.emit("const", [], [TileTy((), dtype)], value=kind(value)).result
 
     def size(self, expr: Dim) -> Value:
@@ -192,8 +194,8 @@ class ShapeBuilder:
             same = value.type.rank == first.type.rank and all(
                 a == b for i, (a, b) in enumerate(zip(value.type.shape, first.type.shape)) if i != axis)
             if not same or value.type.dtype != first.type.dtype:
-                raise TypeRuleError(
-                    f"concat: {show(first)} and {show(value)} do not join along axis {axis}", first, value)
+                why = f"do not join along axis {axis}" if not same else "have different dtypes; cast one of them"
+                raise TypeRuleError(f"concat: {show(first)} and {show(value)} {why}", first, value)
         shape, valid = list(first.type.shape), list(join_valid(*values))
         shape[axis] = sum((v.type.shape[axis] for v in values), Dim.of(0))
         ragged = any(v.type.valid[axis] is not None for v in values)

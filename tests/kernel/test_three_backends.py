@@ -78,3 +78,38 @@ def test_bf16_becomes_ints(backend):
     o, wide = torch.empty(33, dtype=torch.int32), torch.empty(33, dtype=torch.int64)
     launch(to_ints, backend, x, o, wide)
     assert o.tolist() == wide.tolist() == [int(v) for v in x.tolist()]
+
+
+@ts.kernel
+def writes_rows(x: Tile["N", "D", f32], index: Tile["M", int32], y: Tile["M", "D", f32], o: Tile["N", "D", f32],
+                sums: Tile["N", f32]):
+    i = tile.load(index)
+    o[i] = y
+    o[i, :] += x[i]
+    tile.store(sums[i], 2.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_int_tile_as_an_index_writes_rows(backend):
+    x, index, y = rand(9, 5), torch.tensor([7, 0, 3, 8], dtype=torch.int32), rand(4, 5, seed=1)
+    o, sums = torch.zeros(9, 5), torch.zeros(9)
+    launch(writes_rows, backend, x, index, y, o, sums)
+    expected, expected_sums = torch.zeros(9, 5), torch.zeros(9)
+    expected[index.long()], expected_sums[index.long()] = y + x[index.long()], 2.5
+    assert torch.equal(o, expected) and torch.equal(sums, expected_sums)
+
+
+@ts.kernel
+def divides(x: Tile["N", int32], y: Tile["N", int32], q: Tile["N", int32], r: Tile["N", int32], n: int):
+    q[:] = x // y
+    r[:] = x % y + x.shape[0] // n
+
+
+def test_division_by_zero_does_not_stop_the_process():
+    x = torch.tensor([1, -5, 7, -2**31, -7, 7, 0], dtype=torch.int32)
+    y = torch.tensor([0, 0, 2, -1, 2, -2, 3], dtype=torch.int32)
+    q, r = torch.empty_like(x), torch.empty_like(x)
+    launch(divides, "cpu", x, y, q, r, 0)
+    fits = (y != 0) & (y != -1)
+    assert torch.equal(q[fits], x[fits] // y[fits]) and torch.equal(r[fits], x[fits] % y[fits])
+    assert q[y == 0].tolist() == [0, 0]

@@ -578,6 +578,110 @@ def writes_nothing(x: Mat, o: Mat):  # error: kernel writes_nothing writes nothi
 
 
 @ts.kernel
+def swaps_source_and_destination(x: Mat, o: Mat):
+    tile.store(x * 2.0, o)  # error: store: this has no name, so that nothing would be written @ x * 2.0
+
+
+@ts.kernel
+def writes_to_a_transpose(x: Mat, o: Mat):
+    o.T[:] = x  # error: f32[D, S] has no name, so that nothing would be written @ o.T[:]
+
+
+@ts.kernel
+def method_of_torch(x: Mat, o: Mat):
+    tile.store(o, x.relu())  # error: a tile has no 'relu'; write tile.relu(...) @ x.relu
+
+
+@ts.kernel
+def dtype_of_numpy(x: Mat, o: Mat):
+    tile.store(o, tile.cast(x, np.float32))  # error: cast: <class 'numpy.float32'> given; expected a dtype @ tile.cast(x, np.float32)
+
+
+@ts.kernel
+def loops_forever(x: Mat, o: Mat):
+    while True:  # error: the condition always holds and nothing breaks the loop @ True
+        tile.store(o, x)
+
+
+@ts.kernel
+def stores_both_results(x: Mat, o: Tile["S", 3, f32]):
+    tile.store(o, tile.topk(x, 3))  # error: (f32[S, 3], int32[S, 3]) given; expected a tile, a parameter or a number; take one @ tile.store(o, tile.topk(x, 3))
+
+
+@ts.kernel
+def seed_is_a_float(x: Mat, o: Mat, p: float):
+    tile.store(o, tile.dropout(x, 0.5, seed=p))  # error: rand: seed is p: f32; expected an int scalar @ tile.dropout(x, 0.5, seed=p)
+
+
+@ts.kernel
+def joins_two_dtypes(x: Mat, o: Mat):
+    tile.store(o, tile.concat([x, tile.cast(x, bf16)]))  # error: have different dtypes; cast one of them @ tile.concat([x, tile.cast(x, bf16)])
+
+
+@ts.kernel
+def attention_of_matrices(x: Mat, o: Mat):
+    tile.store(o, tile.flash_attention(x, x, x))  # error: flash_attention: x: &f32[S, D] given; expected [B, S, H, D] @ tile.flash_attention(x, x, x)
+
+
+@ts.kernel
+def attention_of_fewer_heads(q: Tile["B", "S", "H", "D", f32], k: Tile["B", "S", "G", "D", f32], o: Tile["B", "S", "H", "D", f32]):
+    tile.store(o, tile.flash_attention(q, k, k))  # error: differ in heads @ tile.flash_attention(q, k, k) @ k is f32[B, S, G, D], declared at line
+
+
+@ts.kernel
+def writes_where_a_mask_says(x: Mat, o: Mat):
+    o[x > 0] = 1.0  # error: the mask bool[S, D] given; how many elements it picks is not known @ o[x > 0]
+
+
+@ts.kernel
+def reads_where_a_mask_says(x: Mat, o: Mat):
+    y = tile.load(x)
+    tile.store(o, y[y > 0])  # error: choose element by element with tile.where @ y[y > 0]
+
+
+@ts.kernel
+def writes_columns_of_rows(x: Mat, i: Tile["N", int32], o: Mat):
+    o[tile.load(i), 0] = 1.0  # error: expected the rows' index alone @ o[tile.load(i), 0]
+
+
+@ts.kernel
+def number_of_many_digits(i: Tile["S", int32], o: Tile["S", int32]):
+    tile.store(o, i + 99999999999999999999)  # error: 99999999999999999999 given; it does not fit int64 @ i + 99999999999999999999
+
+
+@ts.kernel
+def static_assertion_of_a_size(x: Mat, o: Mat):
+    tile.static_assert(x.shape[0] % 16 == 0)  # error: is not known at compile time, as sizes are not; use assert @ tile.static_assert(x.shape[0] % 16 == 0)
+    tile.store(o, x)
+
+
+@ts.kernel
+def unknown_reduction_of_a_warp(x: Mat, o: Vec):
+    tile.store(o, tile.warp.reduce_prod(x, axis=0))  # error: tile.warp has no 'reduce_prod'; did you mean 'reduce_sum'? @ tile.warp.reduce_prod
+
+
+@ts.kernel
+def choice_of_two_kinds(x: Mat, o: Mat):
+    tile.store(o, x if x.shape[0] > 3 else "small")  # error: conditional expression: 'small' given @ x if x.shape[0] > 3 else "small"
+
+
+@ts.kernel
+def stores_the_module(x: Mat, o: Mat):
+    tile.store(o, tile)  # error: store: the module tile given @ tile.store(o, tile)
+
+
+@ts.kernel
+def program_without_a_grid(x: Mat, o: Mat):
+    i = tile.program_id(0)  # error: no tile.grid loop around this; write `for i in tile.grid(n):` @ tile.program_id(0)
+    o[i] = x[i]
+
+
+@ts.kernel
+def scatters_ints_to_floats(x: Tile["N", "D", int32], i: Tile["N", int32], o: Mat):
+    tile.scatter(o, i, x)  # error: scatter: x: int32[N, D] into o: &f32[S, D]: cast it to f32 first @ tile.scatter(o, i, x)
+
+
+@ts.kernel
 def half_a_size(x: Mat, o: Mat):
     n = x.shape[1] / 2
     o[:, 0:n] = x[:, 0:n]  # error: index: n: f32 given; expected a size @ x[:, 0:n] @ n is f32, made at line

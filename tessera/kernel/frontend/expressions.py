@@ -22,7 +22,7 @@ from tessera.kernel.dims import Dim
 from tessera.kernel.frontend import indexing
 from tessera.kernel.frontend.frame import Context, Frame, Method, SelfObject, Undefined
 from tessera.kernel.frontend.indexing import Range
-from tessera.kernel.frontend.merge import Mismatch, join_types, materialise
+from tessera.kernel.frontend.merge import Mismatch, is_leaf, join_types, materialise
 from tessera.kernel.frontend.source import MISSING
 from tessera.kernel.ir import Block, Location, Value, ViewTy, walk
 from tessera.kernel.lang.core import describe, is_number, tile_of, tiles_of
@@ -299,6 +299,8 @@ class Expressions:
                 self.builder.block.ops.extend([*blocks[0].ops, *blocks[1].ops])
                 return self.builder.where(condition, *tiles_of(*values, what="conditional expression"))
             try:
+                if not all(map(is_leaf, values)):
+                    raise Mismatch(f"{describe(values[0])} and {describe(values[1])} are of two kinds")
                 type_ = join_types(*values)
             except Mismatch as error:
                 raise TypeRuleError(f"conditional expression: {error}",
@@ -329,7 +331,8 @@ class Expressions:
             return self._self_attribute(owner, name)
         found = getattr(owner, name, MISSING)
         if found is MISSING or (owner is lang and name not in lang.__all__):
-            label = "tile" if owner is lang else getattr(owner, "__name__", describe(owner))
+            label = ("tile" if owner is lang else "tile.warp" if owner is lang.warp
+                     else getattr(owner, "__name__", describe(owner)))
             known = lang.__all__ if owner is lang else dir(owner)
             raise TypeRuleError(f"{label} has no {name!r}{did_you_mean(name, known)}")
         return self.constant(found)
@@ -345,8 +348,9 @@ class Expressions:
             return lang.transpose(owner)
         if name in METHODS:
             return Method(METHODS[name], owner)
-        raise TypeRuleError(
-            f"a tile has no {name!r}{did_you_mean(name, [*METHODS, 'shape', 'dtype', 'ndim', 'T'])}", owner)
+        hint = f"; write tile.{name}(...)" if name in lang.__all__ else \
+            did_you_mean(name, [*METHODS, "shape", "dtype", "ndim", "T"])
+        raise TypeRuleError(f"a tile has no {name!r}{hint}", owner)
 
     def _self_attribute(self, owner: SelfObject, name: str) -> Any:
         path = f"{owner.path}.{name}"

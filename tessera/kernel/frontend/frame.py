@@ -104,7 +104,7 @@ class Context:
 
     def _grid(self, axis: int) -> tuple[Value, Any]:
         if not self.grids:
-            raise TypeRuleError("program_id: no tile.grid loop around this")
+            raise TypeRuleError("program_id: no tile.grid loop around this; write `for i in tile.grid(n):`")
         indices, extents = self.grids[0]
         position = int_of(axis, "program_id: axis")
         if not 0 <= position < len(indices):

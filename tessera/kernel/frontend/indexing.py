@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tessera.kernel import lang
 from tessera.kernel.build import Builder, TypeRuleError, show
 from tessera.kernel.dims import Dim, Term
 from tessera.kernel.ir import Block, TileTy, Value, ViewTy
 from tessera.kernel.lang.core import builder, describe, dim_of, scalar_of, tile_of
-from tessera.types import int64
+from tessera.types import bool_, int64
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def read(base: Value, items: Sequence[Any]) -> Value:
     """The value of base[items]: a view of a view, else a tile; an int tile as the first index gathers rows."""
     first = items[0] if items else None
     if isinstance(first, Value) and first.type.rank and isinstance(base.type, ViewTy):
+        _check_rows(first)
         rows = builder().gather(base, tile_of(first))
         rest = [Range(None, None)] * first.type.rank + list(items[1:])
         return read(rows, rest) if len(items) > 1 else rows
@@ -88,6 +90,35 @@ def read(base: Value, items: Sequence[Any]) -> Value:
     for position in index.new_axes:
         result = builder().expand_dims(result, position)
     return result
+
+
+def write_view(base: Value, items: Sequence[Any], x: Any) -> None:
+    """Store x to base[items], a parameter's slice; an int tile as the index writes rows.
+
+    Raises:
+        TypeRuleError: x does not fit, or there are more indices beside an int tile.
+    """
+    first = items[0] if items else None
+    if not (isinstance(first, Value) and first.type.rank):
+        lang.store(read(base, items), x)
+        return
+    _check_rows(first)
+    if any(item is not Ellipsis and item != Range(None, None) for item in items[1:]):
+        raise TypeRuleError(f"index: {show(first)} and more indices given to write {show(base)}; expected the rows' "
+                            "index alone", first, base)
+    make, index = builder(), tile_of(first)
+    value = tile_of(x, base.type.dtype if isinstance(x, (int, float)) else None)
+    shape = index.type.shape + base.type.shape[1:]
+    if not value.type.rank:
+        value = make.full(shape, make.cast(value, base.type.dtype))
+    lang.scatter(base, index, value)
+
+
+def _check_rows(index: Value) -> None:
+    """Refuse a mask where rows are picked: how many it picks is not known."""
+    if index.type.dtype == bool_:
+        raise TypeRuleError(f"index: the mask {show(index)} given; how many elements it picks is not known: choose "
+                            "element by element with tile.where", index)
 
 
 def write(base: Value, items: Sequence[Any], x: Any) -> Value:
@@ -200,6 +231,8 @@ def _at(base: Value, axis: int, item: Any, index: Index) -> tuple[Any, ...]:
         raise TypeRuleError(f"index: {describe(item)} given for axis {axis} of {show(base)}; expected an int", base)
     if isinstance(item, Value):
         start = tile_of(item)
+        if start.type.rank:
+            _check_rows(start)
         if start.type.rank or not start.type.dtype.is_int:
             raise TypeRuleError(f"index: {show(start)} given for axis {axis} of {show(base)}; expected an int scalar",
                                 start, base)

@@ -196,6 +196,8 @@ class Loops(Branches):
     def _emit_while(self, s: ast.While, env: dict[str, Any], carried: Carried, body: Block, exit: Exit) -> None:
         """A `break` becomes a flag that the condition asks first."""
         early = exit.stop is not False
+        if not early and isinstance(s.test, ast.Constant) and s.test.value:
+            raise self.error("while: the condition always holds and nothing breaks the loop", s.test)
         flag = [TileTy((), bool_)] if early else []
         finals = self.frame.env
         test = Block([self.builder.argument(t) for t in carried.types])

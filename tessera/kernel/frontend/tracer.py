@@ -135,10 +135,11 @@ class Tracer(Loops):
             if not isinstance(base, Value):
                 raise TypeRuleError(f"index: {describe(base)} cannot be written to; expected a parameter or a tile")
             if isinstance(base.type, ViewTy):
-                lang.store(indexing.read(base, items), value)
+                indexing.write_view(base, items, value)
                 return
             if not isinstance(target.value, (ast.Name, ast.Subscript)):
-                raise TypeRuleError(f"index: {show(base)} has no name; assign it to one first", base)
+                raise TypeRuleError(f"index: {show(base)} has no name, so that nothing would be written; assign it "
+                                    "to one first", base)
             written = indexing.write(base, items, value)
         self.assign(target.value, written)
 
@@ -166,7 +167,9 @@ class Tracer(Loops):
         if isinstance(target, (ast.Name, ast.Subscript)):
             self.assign(target, result)
         else:
-            raise self.error("the destination has no name", target)
+            called = getattr(s.value.func, "attr", "") if isinstance(s.value, ast.Call) else ""
+            raise self.error(f"{called or 'destination'}: this has no name, so that nothing would be written; "
+                             "expected a parameter, a variable or a slice of one", target)
 
     def _assert(self, s: ast.Assert) -> None:
         condition = self.condition(s.test)

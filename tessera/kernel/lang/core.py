@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from tessera.errors import InputError
@@ -99,7 +100,8 @@ def tile_of(x: Any, dtype: DType | None = None, what: str = "operand") -> Value:
         return builder().size(x)
     if is_number(x):
         return builder().const(x, dtype)
-    raise TypeRuleError(f"{what}: {describe(x)} given; expected a tile, a parameter or a number")
+    hint = "; take one of its items" if isinstance(x, (tuple, list)) and any(isinstance(i, Value) for i in x) else ""
+    raise TypeRuleError(f"{what}: {describe(x)} given; expected a tile, a parameter or a number{hint}")
 
 
 def tiles_of(*xs: Any, what: str = "operand") -> list[Value]:
@@ -170,7 +172,19 @@ def dtype_arg(x: Any, what: str) -> DType:
     try:
         return dtype_of(x)
     except InputError:
-        raise TypeRuleError(f"{what}: {describe(x)} given; expected a dtype") from None
+        given = repr(x) if isinstance(x, type) else describe(x)
+        raise TypeRuleError(f"{what}: {given} given; expected a dtype, as tessera's bf16 or torch's") from None
+
+
+@builtin
+def require(holds: Any, message: str, *operands: Any) -> None:
+    """What the library's functions ask of their arguments; `{}` in the message stands for each operand.
+
+    Raises:
+        TypeRuleError: it does not hold.
+    """
+    if holds is not True:
+        raise TypeRuleError(message.format(*map(describe, operands)), *(x for x in operands if isinstance(x, Value)))
 
 
 def scalar_of(x: Any, dtype: DType, what: str) -> Value:
@@ -195,6 +209,8 @@ def describe(x: Any) -> str:
         return f"the size {x}"
     if isinstance(x, (tuple, list)):
         return "(" + ", ".join(describe(item) for item in x) + ")"
+    if isinstance(x, ModuleType):
+        return f"the module {x.__name__.removeprefix('tessera.kernel.').replace('lang', 'tile')}"
     if isinstance(x, type) or callable(x):
         return getattr(x, "__name__", repr(x))
     return repr(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tessera.kernel import lang as tile
+from tessera.kernel.lang.core import require
 from tessera.types import f32
 
 
@@ -38,6 +39,7 @@ def apply_rope(x, cos, sin):
         A tile of x's shape, f32.
     """
     values = tile.load(x)
+    require(values.ndim >= 3, "apply_rope: {} given; expected [*, S, H, D]", values)
     half = values.shape[-1] // 2
     first, second = tile.split(values, 2, axis=-1)
     cos = tile.reshape(tile.load(cos), (cos.shape[0], 1, half))
@@ -54,6 +56,7 @@ def apply_causal_mask(scores, query_start=0, key_start=0):
 
     As a statement it changes the tile that it is given.
     """
+    require(scores.ndim >= 2, "apply_causal_mask: {} given; expected [*, M, N]", scores)
     rows = tile.arange(scores.shape[-2]) + query_start
     columns = tile.arange(scores.shape[-1]) + key_start
     return tile.where(rows[:, None] >= columns[None, :], scores, -float("inf"))
@@ -71,6 +74,10 @@ def flash_attention(q, k, v, causal=False, scale=None, dropout=0.0, seed=0):
     Returns:
         A tile [B, S, H, D], f32.
     """
+    for operand in (q, k, v):
+        require(operand.ndim == 4, "flash_attention: {} given; expected [B, S, H, D]", operand)
+    require(k.shape[2] == q.shape[2] and v.shape[2] == q.shape[2],
+            "flash_attention: {}, {} and {} differ in heads", q, k, v)
     ctx = tile.context()
     block = ctx.block_n
     queries = tile.transpose(tile.load(q), 0, 2, 1, 3)

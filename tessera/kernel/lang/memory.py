@@ -10,7 +10,7 @@ from typing import Any
 
 from tessera.kernel.build import TypeRuleError, show
 from tessera.kernel.ir import Value, ViewTy
-from tessera.kernel.lang.core import Operand, builder, builtin, describe, dtype_arg, shape_of, tile_of
+from tessera.kernel.lang.core import Operand, builder, builtin, describe, dtype_arg, is_number, shape_of, tile_of
 
 
 def _view(x: Any, what: str) -> Value:
@@ -103,7 +103,7 @@ def store(destination: Operand, x: Operand) -> Value | None:
         TypeRuleError: the shapes differ, or an int meets a float.
     """
     if isinstance(destination, Value) and not isinstance(destination.type, ViewTy) and destination.type.rank:
-        return copy(x, destination)
+        return fill(destination, x) if is_number(x) else copy(x, destination)
     view = _view(destination, "store")
     builder().store(view, tile_of(x, view.type.dtype if isinstance(x, (int, float)) else None, "store"))
     return None

@@ -8,7 +8,7 @@ from typing import Any
 from tessera.kernel.build import TypeRuleError
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Value
-from tessera.kernel.lang.core import Operand, builder, builtin, describe, is_number, tile_of, tiles_of, tracer
+from tessera.kernel.lang.core import Operand, builder, builtin, is_number, tile_of, tiles_of, tracer
 from tessera.kernel.lang.elementwise import binary
 from tessera.types import f32, int32
 
@@ -82,8 +82,8 @@ def static_assert(condition: Any, message: str = "") -> None:
         TypeRuleError: it does not hold or is not known.
     """
     if isinstance(condition, (Value, Dim)):
-        raise TypeRuleError(f"static_assert: {describe(condition)} is not known at compile time",
-                            *([condition] if isinstance(condition, Value) else []))
+        raise TypeRuleError("static_assert: the condition is not known at compile time, as sizes are not; "
+                            "use assert", *([condition] if isinstance(condition, Value) else []))
     if not condition:
         raise TypeRuleError(f"static_assert: {message}" if message else "static_assert: the condition does not hold")
 

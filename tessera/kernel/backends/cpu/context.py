@@ -263,13 +263,18 @@ def _buffer_dtype(dtype: DType) -> DType:
 
 
 def floor_div(b: Builder, x: Val, y: Val) -> Val:
-    """Floor division of signed integers, as Python divides; plain where both are known not to be negative."""
+    """Floor division of signed integers, as Python divides; 0 for a divisor of 0, which would stop the process."""
     if y.const is not None and y.const > 0 and y.const & (y.const - 1) == 0:
         return b.ashr(x, y.const.bit_length() - 1)
-    quotient = b.div(x, y)
+    is_open = y.const in (None, 0, -1)  # by -1 the least integer would stop the process, too
+    is_zero, is_minus = b.cmp("eq", y, 0), b.cmp("eq", y, -1)
+    quotient = b.div(x, b.select(b.or_(is_zero, is_minus), 1, y)) if is_open else b.div(x, y)
+    if is_open:
+        quotient = b.select(is_minus, b.sub(0, x), quotient)
     remainder = b.sub(x, b.mul(quotient, y))
     wrong = b.and_(b.cmp("ne", remainder, 0), b.cmp("lt", b.xor(remainder, y), 0))
-    return b.select(wrong, b.sub(quotient, 1), quotient)
+    floor = b.select(wrong, b.sub(quotient, 1), quotient)
+    return b.select(is_zero, 0, floor) if is_open else floor
 
 
 def floor_mod(b: Builder, x: Val, y: Val) -> Val:

@@ -145,7 +145,7 @@ def write(emitter: Emitter, op: ir.Op, x: ir.Value, param: ir.Param, wanted: Seq
     if not axes and value.axes:
         raise emitter.unsupported(op, "every element would be written to one place")
     text = emitter.filled(value, axes) if axes else value.text
-    if op.name == "store" and not value.axes:
+    if op.name != "atomic_add" and not value.axes:
         text = value.text  # tl.store broadcasts a scalar
     condition = f", mask={emitter.filled(mask, axes)}" if mask is not None else ""
     emitter.written.add(param.value)
