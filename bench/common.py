@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +22,64 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _READ_BYTES = 512 << 20  # beyond any cache
-_MATMUL_SIZE = 1024
+_COPY_BYTES = 2 << 30  # the same on a GPU
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def median_seconds(run: Callable[[], object], repetitions: int = 5) -> float:
     """Median wall time of run(), after one call to warm up."""
     run()
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
+    return statistics.median(seconds(run) for _ in range(repetitions))
+
+
+def seconds(run: Callable[[], object], calls: int = 1) -> float:
+    """Wall time of one of so many calls; on a GPU, which works behind the program's back, until all are done."""
+    finish()
+    start = time.perf_counter()
+    for _ in range(calls):
         run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    finish()
+    return (time.perf_counter() - start) / calls
+
+
+def device() -> str:
+    """Where tensors are made that do not say where: "cpu", or "cuda" after torch.set_default_device."""
+    return torch.get_default_device().type
+
+
+def finish() -> None:
+    """Wait for the GPU, where it is the device."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that all threads together read from memory: the sum of a large array."""
+    """Bytes a second that all threads together read from memory: the sum of a large array; on a GPU, a copy's."""
+    if device() == "cuda":
+        data = torch.ones(_COPY_BYTES // 4)
+        target = torch.empty_like(data)
+        return 2 * _COPY_BYTES / median_seconds(lambda: target.copy_(data))
     data = torch.ones(_READ_BYTES // 4)
     return _READ_BYTES / median_seconds(data.sum)
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
     """Multiply-adds a second, times two, of torch's square matrix product."""
-    a, b = (torch.randn(_MATMUL_SIZE, _MATMUL_SIZE).to(dtype) for _ in range(2))
-    start = time.perf_counter()
-    a[:16] @ b
-    slow = (time.perf_counter() - start) > 0.5  # emulated bf16: a full product would take seconds
-    rows = 16 if slow else _MATMUL_SIZE
-    return 2 * rows * _MATMUL_SIZE**2 / median_seconds(lambda: a[:rows] @ b, 1 if slow else 5)
+    size = _MATMUL_SIZE[device()]
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    slow = device() == "cpu" and seconds(lambda: a[:16] @ b) > 0.5  # emulated bf16: a full product would take seconds
+    rows = 16 if slow else size
+    return 2 * rows * size**2 / median_seconds(lambda: a[:rows] @ b, 1 if slow else 5)
 
 
 def machine() -> dict[str, Any]:
-    """The processor, and what it can do at most."""
-    return {
-        "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "simd": torch.backends.cpu.get_cpu_capability(), "read_bytes_per_second": memory_bandwidth(),
-        "f32_flops": matmul_peak(torch.float32), "bf16_flops": matmul_peak(torch.bfloat16),
-    }
+    """The processor or the GPU, and what it can do at most."""
+    about: dict[str, Any] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                             "simd": torch.backends.cpu.get_cpu_capability()}
+    if device() == "cuda":
+        about |= {"gpu": torch.cuda.get_device_name(), "triton": metadata.version("triton")}
+    return about | {"read_bytes_per_second": memory_bandwidth(), "f32_flops": matmul_peak(torch.float32),
+                    "bf16_flops": matmul_peak(torch.bfloat16)}
 
 
 def cpu_name() -> str:
@@ -112,8 +134,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:
-    """Write bench/results/<name>_<cpu>.json."""
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    """Write bench/results/<name>_<cpu or GPU>.json."""
+    name_of_machine = torch.cuda.get_device_name() if device() == "cuda" else cpu_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", name_of_machine.lower()).strip("-")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{slug}.json"
     path.write_text(json.dumps(results, indent=2) + "\n")

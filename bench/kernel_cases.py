@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module, util
 from itertools import product
 
 import torch
 import torch.nn.functional as F
+from common import device
 from torch import Tensor
 
 from tessera.ops import kernels
@@ -33,6 +35,7 @@ class Case:
     expected: Callable[[], Tensor]  # in float64
     function: Callable[..., Tensor] | None = None  # for torch.compile, with `arguments`
     arguments: Sequence[object] = ()
+    liger: Callable[[], object] | None = None
     floor: Callable[[], object] | None = None
     flops: float = 0.0
     bytes: float = 0.0
@@ -45,25 +48,27 @@ class Case:
 
 
 def pointwise_cases(quick: bool) -> Iterator[Case]:
-    """Rows and elementwise operations, bound by memory."""
-    scale = 8 if quick else 1
+    """Rows and elementwise operations, bound by memory; on a GPU eight times as many, beyond its cache."""
+    unit = (8 if device() == "cuda" else 1) * (1 if quick else 8)
     for name, dtype in DTYPES.items():
-        for rows, width in [(8192 // scale, 1024), (2048 // scale, 4096)]:
+        for rows, width in [(1024 * unit, 1024), (256 * unit, 4096)]:
             yield _rms_norm(name, dtype, rows, width)
             yield _softmax(name, dtype, rows, width)
-        for rows, classes in [(512 // scale, 50257), (256 // scale, 131072)]:
+        for rows, classes in [(64 * unit, 50257), (32 * unit, 131072)]:
             yield _cross_entropy(name, dtype, rows, classes)
-        yield _swiglu(name, dtype, 2048 // scale, 4096)
+        yield _swiglu(name, dtype, 256 * unit, 4096)
         for width in (64, 128):
-            yield _rope(name, dtype, 2048 // scale, 2048 // width, width)
+            yield _rope(name, dtype, 256 * unit, 2048 // width, width)
     for name, dtype in [("f32->bf16", torch.float32), ("fp8->bf16", torch.float8_e4m3fn)]:
-        yield _embedding(name, dtype, 8192 // scale, 2048)
+        yield _embedding(name, dtype, 1024 * unit, 2048)
 
 
 def gemm_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
     """Square and skinny matrix products with the weight as [N, K], as a linear layer has it."""
     sizes = [256, 512] if quick else [256, 512, 1024, 2048, 4096]
     skinny = [(576, 1536)] if quick else [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]
+    if device() == "cuda" and not quick:
+        sizes, skinny = [*sizes, 8192], [*skinny, (14336, 4096)]
     shapes = [(size, size, size) for size in sizes] + [(m, n, k) for m in (1, 8, 32) for n, k in skinny]
     for name, (m, n, k) in product(DTYPES, shapes):
         if name == "f32" or fast_bf16 or 2 * m * n * k <= SLOW_BF16_FLOPS:
@@ -71,8 +76,8 @@ def gemm_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
 
 
 def quantized_cases(quick: bool) -> Iterator[Case]:
-    """Skinny products with weights in 8 and 4 bits, beside torch's f32 product of the same shape; the activations in
-    f32, and rounded to 8 bits (by rows, or by the groups of the weights)."""
+    """Skinny products with weights in 8 and 4 bits, beside torch's product of the same shape; the activations in f32
+    (on a GPU in bf16, as torch's product is), and rounded to 8 bits (by rows, or by the groups of the weights)."""
     shapes = [(576, 1536)] if quick else [(1536, 576), (576, 1536), (49152, 576), (4096, 4096)]
     for kind, m, (n, k) in product(("int8", "q8_0", "q4_0", "q4_1"), (1, 8), shapes):
         yield _quantized(kind, m, n, k)
@@ -80,12 +85,28 @@ def quantized_cases(quick: bool) -> Iterator[Case]:
 
 
 def attention_cases(quick: bool, fast_bf16: bool) -> Iterator[Case]:
-    """Causal attention with 8 heads that share 8 or 2 heads of keys and values."""
+    """Causal attention with 8 heads that share 8 or 2 heads of keys and values; on a GPU, four times eight."""
+    scale = 4 if device() == "cuda" else 1
     lengths = [512] if quick else [512, 1024, 2048, 4096]
     for name, width, length, kv_heads in product(DTYPES, (64, 128), lengths, (8, 2)):
         small = length == 512 and width == 64
         if (kv_heads == 8 or length == 1024) and (name == "f32" or fast_bf16 or small):
-            yield _attention(name, DTYPES[name], 8, kv_heads, length, width)
+            yield _attention(name, DTYPES[name], 8 * scale, kv_heads * scale, length, width)
+
+
+def _liger(name: str) -> Callable[..., object] | None:
+    """A function of liger-kernel, which runs on GPUs alone; None where it is not installed."""
+    if device() != "cuda" or util.find_spec("liger_kernel") is None:
+        return None
+    function: Callable[..., object] | None = getattr(import_module("liger_kernel.transformers.functional"), name, None)
+    return function
+
+
+def _peer(name: str, *arguments: object, **options: object) -> Callable[[], object] | None:
+    """A call of a function of liger-kernel, which may write to what it is given."""
+    function = _liger(name)
+    own = [x.clone() if isinstance(x, Tensor) else x for x in arguments] if function else []
+    return (lambda: function(*own, **options)) if function else None
 
 
 def _rms_norm(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
@@ -99,7 +120,7 @@ def _rms_norm(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
         group=f"rms_norm {name}", label=f"rms_norm {name} {rows}x{width}", out=out,
         ours=lambda: kernels.rms_norm_kernel(x[None], weight, out[None], 1e-6), eager=lambda: formula(x, weight),
         expected=lambda: formula(x.double(), weight.double()), function=formula, arguments=(x, weight),
-        floor=_move([x], out), bytes=2 * x.nbytes)
+        liger=_peer("liger_rms_norm", x, weight, 1e-6, in_place=False), floor=_move([x], out), bytes=2 * x.nbytes)
 
 
 def _softmax(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
@@ -113,7 +134,7 @@ def _softmax(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
         group=f"softmax {name}", label=f"softmax {name} {rows}x{width}", out=out,
         ours=lambda: kernels.softmax_kernel(x, out), eager=lambda: formula(x),
         expected=lambda: formula(x.double()), function=formula, arguments=(x,),
-        floor=_move([x], out), bytes=2 * x.nbytes)
+        liger=_peer("liger_softmax", x), floor=_move([x], out), bytes=2 * x.nbytes)
 
 
 def _cross_entropy(name: str, dtype: torch.dtype, rows: int, classes: int) -> Case:
@@ -127,7 +148,8 @@ def _cross_entropy(name: str, dtype: torch.dtype, rows: int, classes: int) -> Ca
         group=f"cross_entropy {name}", label=f"cross_entropy {name} {rows}x{classes}", out=loss,
         ours=lambda: kernels.cross_entropy_kernel(x, targets, loss), eager=lambda: formula(x, targets),
         expected=lambda: F.cross_entropy(x.double(), targets, reduction="none"), function=formula,
-        arguments=(x, targets), floor=_move([x], None), bytes=x.nbytes)
+        arguments=(x, targets), liger=_peer("liger_cross_entropy", x, targets, reduction="none"),
+        floor=_move([x], None), bytes=x.nbytes)
 
 
 def _swiglu(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
@@ -141,7 +163,7 @@ def _swiglu(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
         group=f"swiglu {name}", label=f"swiglu {name} {rows}x{width}", out=out,
         ours=lambda: kernels.gated_kernel(gate[None], up[None], out[None]), eager=lambda: formula(gate, up),
         expected=lambda: formula(gate.double(), up.double()), function=formula, arguments=(gate, up),
-        floor=_move([gate, up], out), bytes=3 * out.nbytes)
+        liger=_peer("liger_swiglu", gate, up), floor=_move([gate, up], out), bytes=3 * out.nbytes)
 
 
 def _rope(name: str, dtype: torch.dtype, length: int, heads: int, width: int) -> Case:
@@ -153,11 +175,15 @@ def _rope(name: str, dtype: torch.dtype, length: int, heads: int, width: int) ->
         cos, sin = cos[:, None], sin[:, None]
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
 
+    # liger-kernel rotates queries and keys [B, H, S, D] together, in place: half of the heads each.
+    q, k = x[None].transpose(1, 2).chunk(2, dim=1)
+    whole_cos, whole_sin = (torch.cat([t, t], -1)[None] for t in (cos, sin))
     return Case(
         group=f"rope {name}", label=f"rope {name} {length}x{heads}x{width}", out=out,
         ours=lambda: kernels.rope_kernel(x[None], cos, sin, out[None]), eager=lambda: formula(x, cos, sin),
         expected=lambda: formula(x.double(), cos.double(), sin.double()), function=formula,
-        arguments=(x, cos, sin), floor=_move([x], out), bytes=2 * x.nbytes)
+        arguments=(x, cos, sin), liger=_peer("liger_rope", q, k, whole_cos, whole_sin), floor=_move([x], out),
+        bytes=2 * x.nbytes)
 
 
 def _embedding(name: str, dtype: torch.dtype, tokens: int, width: int) -> Case:
@@ -187,7 +213,8 @@ def _linear(name: str, dtype: torch.dtype, m: int, n: int, k: int) -> Case:
 
 
 def _quantized(kind: str, m: int, n: int, k: int, *, rounded: bool = False) -> Case:
-    x, out, dense = torch.randn(m, k), torch.empty(m, n), torch.randn(n, k)
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    x, out, dense = torch.randn(m, k).to(dtype), torch.empty(m, n, dtype=dtype), torch.randn(n, k).to(dtype)
     groups = k // GROUP
     quants = torch.randint(-128, 128, (n, k), dtype=torch.int8) if kind in ("int8", "q8_0") else \
         torch.randint(256, (n, k // 2), dtype=torch.uint8)
@@ -223,8 +250,8 @@ def _quantized(kind: str, m: int, n: int, k: int, *, rounded: bool = False) -> C
 
 def _rounded(x: Tensor, group: int) -> Tensor:
     """x to the nearest multiples of max|x| / 127 of each group of a row, in float64."""
-    groups = x.unflatten(-1, (-1, group))
-    step = groups.abs().amax(-1, keepdim=True) / 127  # in f32, as the kernels do
+    groups = x.float().unflatten(-1, (-1, group))
+    step = groups.abs().amax(-1, keepdim=True).float() / 127  # in f32, as the kernels do
     codes = (groups / step if group == x.shape[-1] else groups * (1 / step)).round()
     return (codes.double() * step.double()).flatten(-2)
 

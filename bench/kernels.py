@@ -1,12 +1,17 @@
-"""Tile kernels on the CPU beside torch, torch.compile and the machine's limit.
+"""Tile kernels beside torch, torch.compile, on a GPU liger-kernel, and the machine's limit.
 
     python bench/kernels.py [--quick] [--only NAME] [--repetitions N] [--threads N] [--fastest] [--no-compile]
+                            [--device cuda]
 
 Every case is checked against float64 first. The systems take turns, so that a noisy moment hits all of them; the
 table shows medians, or with --fastest (for a busy machine) the best of all repetitions. "limit" is the time that the
 machine needs at least: a torch operation that moves the same bytes, or the flops at the speed of torch's 1024 x 1024
 product. "x eager" and "x compiled" are torch's time over ours; the goal is for torch.compile where there is one (or
 85 % of the limit), else for torch's own operation.
+
+On a GPU every system is captured in a CUDA graph of CAPTURED calls, so that the time is the GPU's, not that of
+launching from Python; sizes are larger, and bytes are compared with what torch's copies reach. liger-kernel is a peer
+where it is installed (`pip install liger-kernel`) and has the operation.
 """
 
 from __future__ import annotations
@@ -17,12 +22,11 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from common import machine, print_table, write_results
+from common import device, finish, machine, print_table, seconds, write_results
 from kernel_cases import Case, attention_cases, gemm_cases, pointwise_cases, quantized_cases
 
 from tessera import Kernel
@@ -31,7 +35,8 @@ from tessera.ops import kernels
 SAMPLE = 2e-3  # seconds: shorter calls are timed several at once
 BUDGET = 6.0  # seconds for the repetitions of one case; at least 3 are made
 LIMIT_GOAL = 0.85
-HEADER = ("milliseconds", "tessera", "eager", "compiled", "limit", "x eager", "x compiled", "goal", "of limit", "met")
+PEERS = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "liger")}
+CAPTURED = 8  # calls in a CUDA graph
 LAUNCHES, COMPILED = 2000, ("rms_norm_kernel", "softmax_kernel", "cross_entropy_kernel", "gated_kernel", "rope_kernel",
                             "casted_embedding_kernel", "linear_kernel", "flash_attention_kernel")
 
@@ -48,6 +53,15 @@ def check(case: Case) -> float:
     return error
 
 
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """CAPTURED calls of a warm function as one replay of a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CAPTURED):
+            run()
+    return graph.replay
+
+
 def systems(case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
     """The callables to time, warm."""
     runs: dict[str, Callable[[], object]] = {"tessera": case.ours, "eager": case.eager}
@@ -57,28 +71,24 @@ def systems(case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
         runs["compiled"] = lambda: function(*case.arguments)
     if case.floor is not None:
         runs["limit"] = case.floor
+    if case.liger is not None:
+        runs["liger"] = case.liger
     for run in runs.values():
         run()
-    return runs
+    finish()
+    return runs if device() == "cpu" else {name: captured(run) for name, run in runs.items()}
 
 
 def measure(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
     """Seconds of one call of each system, for each repetition; the systems take turns."""
-    once = {name: max(_seconds(run, 1), 1e-7) for name, run in runs.items()}
-    calls = {name: max(1, min(1000, int(SAMPLE / seconds))) for name, seconds in once.items()}
-    affordable = int(BUDGET / sum(max(SAMPLE, seconds) for seconds in once.values()))
+    once = {name: max(seconds(run), 1e-7) for name, run in runs.items()}
+    calls = {name: max(1, min(1000, int(SAMPLE / time))) for name, time in once.items()}
+    affordable = int(BUDGET / sum(max(SAMPLE, time) for time in once.values()))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(min(repetitions, max(3, affordable))):
         for name, run in runs.items():
-            times[name].append(_seconds(run, calls[name]))
+            times[name].append(seconds(run, calls[name]))
     return times
-
-
-def _seconds(run: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
 
 
 @torch.inference_mode()
@@ -87,12 +97,14 @@ def run_case(case: Case, peak: float, arguments: argparse.Namespace) -> dict[str
     print(case.label, file=sys.stderr, flush=True)
     error = check(case)
     times = measure(systems(case, arguments.compile), arguments.repetitions)
-    seconds = {name: (min if arguments.fastest else statistics.median)(values) for name, values in times.items()}
-    limit = seconds.pop("limit", 0.0) or case.flops / peak
-    ours = seconds["tessera"]
-    ratios = {name: other / ours for name, other in seconds.items() if name != "tessera"}
+    if device() == "cuda":
+        times = {name: [time / CAPTURED for time in values] for name, values in times.items()}
+    typical = {name: (min if arguments.fastest else statistics.median)(values) for name, values in times.items()}
+    limit = typical.pop("limit", 0.0) or case.flops / peak
+    ours = typical["tessera"]
+    ratios = {name: other / ours for name, other in typical.items() if name != "tessera"}
     met = ratios.get("compiled", ratios["eager"]) >= case.goal or (case.flops == 0 and limit / ours >= LIMIT_GOAL)
-    return {"group": case.group, "case": case.label, "error": error, "seconds": seconds, "limit_seconds": limit,
+    return {"group": case.group, "case": case.label, "error": error, "seconds": typical, "limit_seconds": limit,
             "flops": case.flops, "bytes": case.bytes, "times": ratios, "of_limit": limit / ours, "goal": case.goal,
             "met": met, "samples": times}
 
@@ -101,28 +113,30 @@ def launch_seconds() -> float:
     """A warm launch with 4 arguments of a kernel that has nothing to do."""
     x, weight, out = torch.ones(1, 1, 8), torch.ones(8), torch.empty(1, 1, 8)
     kernels.rms_norm_kernel(x, weight, out, 1e-6)
-    return min(_seconds(lambda: kernels.rms_norm_kernel(x, weight, out, 1e-6), LAUNCHES) for _ in range(5))
+    return min(seconds(lambda: kernels.rms_norm_kernel(x, weight, out, 1e-6), LAUNCHES) for _ in range(5))
 
 
 def compile_seconds() -> Iterator[dict[str, Any]]:
     """Cold compile of each kernel, and its load from the disk cache by a fresh copy."""
-    before, folder = os.environ.get("TESSERA_CACHE_DIR"), tempfile.mkdtemp()
-    os.environ["TESSERA_CACHE_DIR"] = folder
+    folder = tempfile.mkdtemp()
+    before = {name: os.environ.get(name) for name in ("TESSERA_CACHE_DIR", "TRITON_CACHE_DIR")}
+    os.environ.update(dict.fromkeys(before, folder))
     try:
         for name in COMPILED:
             kernel, arguments = getattr(kernels, name), _small_arguments(name)
             cold, cached = (_first_launch(kernel, arguments) for _ in range(2))
             yield {"kernel": name, "cold_seconds": cold, "cached_seconds": cached}
     finally:
-        os.environ.pop("TESSERA_CACHE_DIR")
-        if before is not None:
-            os.environ["TESSERA_CACHE_DIR"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
         shutil.rmtree(folder)
 
 
 def _first_launch(kernel: Kernel, arguments: tuple[Any, ...]) -> float:
     fresh = kernel.retype({})
-    return _seconds(lambda: fresh(*arguments), 1)
+    return seconds(lambda: fresh(*arguments))
 
 
 def _small_arguments(name: str) -> tuple[Any, ...]:
@@ -147,10 +161,10 @@ def cases(arguments: argparse.Namespace, fast_bf16: bool) -> Iterator[Case]:
 
 def row(result: dict[str, Any]) -> list[str]:
     """A line of the table."""
-    seconds, times = result["seconds"], result["times"]
-    columns = [f"{seconds[name] * 1e3:.3f}" if name in seconds else "-" for name in ("tessera", "eager", "compiled")]
+    typical, times, peers = result["seconds"], result["times"], PEERS[device()]
+    columns = [f"{typical[name] * 1e3:.3f}" if name in typical else "-" for name in ("tessera", *peers)]
     columns.append(f"{result['limit_seconds'] * 1e3:.3f}")
-    columns += [f"{times[name]:.2f}" if name in times else "-" for name in ("eager", "compiled")]
+    columns += [f"{times[name]:.2f}" if name in times else "-" for name in peers]
     return [result["case"], *columns, f"{result['goal']:.1f}", f"{result['of_limit']:.0%}",
             "yes" if result["met"] else "no"]
 
@@ -165,8 +179,8 @@ def summary(results: Sequence[dict[str, Any]]) -> list[list[str]]:
              f"{sum(r['met'] for r in members)}/{len(members)}"] for name, members in groups.items()]
 
 
-def options(description: str) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(command line, machine) of a benchmark of single operations; the threads are set."""
+def options(description: str, devices: Sequence[str] = ("cpu",)) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(command line, machine) of a benchmark of single operations; threads and device are set."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
     parser.add_argument("--only", default="", help="cases whose label has this text")
@@ -174,7 +188,9 @@ def options(description: str) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fastest", action="store_true", help="the fastest repetition instead of the median")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    parser.add_argument("--device", choices=devices, default=devices[0])
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 15)
     arguments.compile = arguments.compile and shutil.which(os.environ.get("CXX", "g++")) is not None
     torch.set_num_threads(arguments.threads)
@@ -183,11 +199,13 @@ def options(description: str) -> tuple[argparse.Namespace, dict[str, Any]]:
 
 
 def main() -> None:
-    arguments, about = options(__doc__)
+    arguments, about = options(__doc__, ("cpu", "cuda"))
     fast_bf16 = about["bf16_flops"] > about["f32_flops"] / 10
     results = [run_case(case, about["bf16_flops" if " bf16 " in case.label and fast_bf16 else "f32_flops"], arguments)
                for case in cases(arguments, fast_bf16)]
-    print_table(HEADER, [row(result) for result in results])
+    peers = PEERS[device()]
+    header = ("milliseconds", "tessera", *peers, "limit", *(f"x {peer}" for peer in peers), "goal", "of limit", "met")
+    print_table(header, [row(result) for result in results])
     print()
     print_table(["geometric means", "x torch", "goal", "of limit", "met"], summary(results))
     overhead = {"launch_seconds": launch_seconds(), "compile": list(compile_seconds())}

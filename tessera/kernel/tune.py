@@ -9,7 +9,8 @@
 In: a `Specialisation` from the launch path. Out: a `Choice` that stands where the compiled kernel would. The first
 launch with a key compiles each schedule, times it on copies of what the kernel writes, and keeps the fastest in
 the cache folder (TESSERA_CACHE_DIR); from then on, also in other processes, nothing is measured. Every schedule
-computes the same function; on CPU to the bit, on CUDA a schedule's BK fixes the order of a matmul's sum.
+computes the same function; on CPU to the bit, on CUDA a schedule's BK fixes the order of a matmul's sum. A schedule
+that does not compile, or whose results are not those of the kernel without one, is left out with a warning.
 """
 
 from __future__ import annotations
@@ -139,9 +140,7 @@ class Choice:
 
     def _measure(self, args: Sequence[Any], sizes: Sequence[int]) -> dict[str, Any]:
         """{"best": index, "seconds": {index: s}, "skipped": {index: why}}; the first of equals is best."""
-        args = list(args)
-        for i in self._specialisation.outputs:
-            args[i] = args[i].clone()  # a kernel may add to what it writes: the caller's tensors are left alone
+        trial = _Trial(args, sizes, self._specialisation.outputs)
         seconds: dict[int, float] = {}
         skipped: dict[int, str] = {}
         started = time.perf_counter()
@@ -151,8 +150,8 @@ class Choice:
                 continue
             try:
                 run = self._compiled(index)
-                run(args, sizes)  # the first call may compile and touches cold memory
-                seconds[index] = _median_seconds(lambda run=run: run(args, sizes), args)  # type: ignore[misc]
+                trial.check(run, lambda: self._specialisation.compiled)
+                seconds[index] = _median_seconds(lambda run=run: run(trial.args, sizes), args)  # type: ignore[misc]
             except TesseraError as error:
                 skipped[index] = " ".join(str(error).split())
                 _log.warning("kernel %s: schedule %s left out: %s", self._specialisation.name, _text(schedule),
@@ -162,6 +161,50 @@ class Choice:
                                f"works; the first: {skipped[0]}")
         best = min(seconds, key=lambda index: (seconds[index], index))
         return {"best": best, "seconds": seconds, "skipped": skipped}
+
+
+class _Trial:
+    """Arguments to try schedules with: copies of what a kernel writes, so that the caller's tensors are left alone."""
+
+    def __init__(self, args: Sequence[Any], sizes: Sequence[int], outputs: Sequence[int]) -> None:
+        self.args, self._sizes = list(args), sizes
+        self._before = {i: args[i] for i in outputs}
+        self._expected: list[torch.Tensor] | None = None
+        for i in outputs:
+            self.args[i] = args[i].clone()
+
+    def check(self, run: backends.Compiled, untuned: Callable[[], backends.Compiled]) -> None:
+        """Run once, which may compile and touches cold memory.
+
+        Raises:
+            CompileError: the results differ from those of `untuned` by more than another order of sums explains.
+        """
+        if self._expected is None:
+            try:
+                self._expected = self._results(untuned())
+            except TesseraError:  # the kernel needs a schedule: the first that works is the measure of the others
+                self._expected = self._results(run)
+        for found, expected in zip(self._results(run), self._expected):
+            if not _is_close(found, expected):
+                raise CompileError("its results differ from those of the kernel without a schedule")
+
+    def _results(self, run: backends.Compiled) -> list[torch.Tensor]:
+        for i, before in self._before.items():
+            self.args[i].copy_(before)
+        run(self.args, self._sizes)
+        return [self.args[i].clone() for i in self._before]
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results differ by roundings at most: of their dtype, relative to the largest; ints by one step."""
+    if not expected.dtype.is_floating_point:
+        return bool(((found.long() - expected.long()).abs() <= 1).all())
+    x, y = found.double(), expected.double()
+    finite = y.isfinite()
+    if not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()) or not bool(x[finite].isfinite().all()):
+        return False
+    largest = y[finite].abs().max().item() if finite.any() else 0.0
+    return bool(((x - y)[finite].abs() <= max(1e-3, 4 * torch.finfo(expected.dtype).eps) * largest).all())
 
 
 def _median_seconds(run: Callable[[], None], args: Sequence[Any]) -> float:

@@ -1,9 +1,11 @@
 """Tuning: every schedule gives the same bits, a choice is made once, kept on disk and obeyed from then on."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +29,8 @@ def matmul(a: Tile["M", "K", f32], b: Tile["K", "N", f32], o: Tile["M", "N", f32
     tile.store(o, tile.mma(a, b))
 
 
-def which_block(o: Tile["N", int32], x: Tile["N", f32]):
-    tile.store(o, tile.cast(tile.zeros((tile.context().N,), f32) + tile.context().block_m, int32))
+def which_block(o: Tile["N", f32], x: Tile["N", f32]):
+    tile.store(o, tile.zeros((tile.context().N,), f32) + (1.0 + tile.context().block_m / 2**20))
 
 
 def draw(*shape, seed=0):
@@ -45,6 +47,8 @@ def scripted(monkeypatch, seconds):
         return seconds[(len(timed) - 1) % len(seconds)]
 
     monkeypatch.setattr(tune, "_median_seconds", median)
+    ticks = itertools.count()  # a busy machine does not use a search's budget up
+    monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 1e-3))
     return timed
 
 
@@ -52,10 +56,11 @@ BLOCKS = [{"BM": 16}, {"BM": 32}, {"tile": {"BM": 64}}]
 
 
 def chosen(kernel, n=5):
-    out = torch.empty(n, dtype=torch.int32)
+    """The block size that a kernel ran with: `which_block`'s results differ by less than a search minds."""
+    out = torch.empty(n)
     kernel(out, torch.empty(n))
     assert (out == out[0]).all()
-    return out[0].item()
+    return (out[0].item() - 1) * 2**20
 
 
 @pytest.mark.parametrize("seconds, best", [([3, 1, 2], 32), ([1, 2, 3], 16), ([2, 2, 1], 64), ([1, 1, 1], 16)])
@@ -139,9 +144,9 @@ def test_schedules_that_do_not_compile_are_left_out_and_reported(monkeypatch, ca
 
     @autotune(configs=[{"BM": 48}, {"BM": 16}, {"BM": 32}])
     @ts.kernel
-    def picky(o: Tile["N", int32], x: Tile["N", f32]):
+    def picky(o: Tile["N", f32], x: Tile["N", f32]):
         tile.static_assert(tile.context().block_m != 48, "48 will not do")
-        tile.store(o, tile.cast(tile.zeros((tile.context().N,), f32) + tile.context().block_m, int32))
+        tile.store(o, tile.zeros((tile.context().N,), f32) + (1.0 + tile.context().block_m / 2**20))
 
     assert chosen(picky) == 32 and len(timed) == 2
     (result,) = autotune.report()
@@ -149,6 +154,47 @@ def test_schedules_that_do_not_compile_are_left_out_and_reported(monkeypatch, ca
     assert "kernel picky: schedule BM=48 left out" in caplog.text
     with pytest.raises(CompileError, match=r"none of the 1 schedules to tune works; the first: .*48 will not do"):
         chosen(autotune(configs=[{"BM": 48}])(picky))
+
+
+def test_schedules_with_other_results_are_left_out_and_reported(monkeypatch, caplog):
+    timed = scripted(monkeypatch, [5, 4])
+
+    @autotune(configs=[{"BM": 16}, {"BM": 32}, {"BM": 48}, {"BM": 96}])
+    @ts.kernel
+    def broken(total: Tile["N", f32], count: Tile["N", int32], x: Tile["N", f32]):
+        block = tile.context().block_m
+        factor = 0.5 if block == 16 else float("inf") if block == 48 else 1.0
+        tile.store(total, tile.load(total) + tile.load(x) * factor)
+        tile.store(count, tile.load(count) + (3 if block == 96 else 1))
+
+    x, total, count = draw(7), draw(7, seed=1), torch.zeros(7, dtype=torch.int32)
+    expected = total + x
+    broken(total, count, x)
+    assert torch.equal(total, expected) and (count == 1).all() and len(timed) == 1
+    (result,) = autotune.report()
+    assert result.schedule == {"BM": 32} and list(result.skipped) == ["BM=16", "BM=48", "BM=96"]
+    assert "kernel broken: schedule BM=16 left out: its results differ from those of the kernel without" in caplog.text
+
+
+def test_a_search_that_is_killed_leaves_nothing_behind(monkeypatch):
+    timed = scripted(monkeypatch, [1, KeyboardInterrupt, 1, 1, 1])
+    monkeypatch.setattr(tune, "_median_seconds", interrupted(tune._median_seconds))
+    kernel = autotune(configs=BLOCKS)(ts.kernel(which_block))
+    with pytest.raises(KeyboardInterrupt):
+        chosen(kernel)
+    assert autotune.report() == [] and len(timed) == 2
+    assert chosen(kernel) == 16 and len(timed) == 5
+
+
+def interrupted(median):
+    """A clock that passes on an interruption in place of a time."""
+    def call(run, args):
+        seconds = median(run, args)
+        if seconds is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return seconds
+
+    return call
 
 
 def test_the_budget_ends_measuring(monkeypatch):
@@ -182,12 +228,12 @@ def test_graphs_record_the_chosen_schedule(monkeypatch):
 
     @ts.graph.capture
     def run(x):
-        out = torch.empty(x.shape, dtype=torch.int32)
+        out = torch.empty(x.shape)
         kernel(out, x)
         return out
 
     for _ in range(3):
-        assert (run(torch.empty(7)) == 32).all()
+        assert (run(torch.empty(7)) == 1 + 32 / 2**20).all()
 
 
 def test_enable_tunes_matmuls_without_a_schedule(monkeypatch):

@@ -3,7 +3,8 @@
 Rows are taken one at a time: a row's working set then stays in the innermost caches, and a grid item
 costs a few instructions. The innermost stored dim is cut into runs of many vectors. Around a matmul blocks
 are large, because a block packs its operands once, but there are as many for each thread; where a tile of the
-block's rows lies in memory they are as the second-level cache likes. No block size changes a result.
+block's rows lies in memory they are as the second-level cache likes. No block size changes a result. A schedule's BM
+and BN stand in for these choices: rows and columns of a product's block, else rows and elements of a run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def _cut(function: Function, dim: ParallelDim, has_mma: bool, row_cut: Cut, colu
         return Cut(most=function.schedule["BM"]) if "BM" in function.schedule else row_cut
     if dim.mma_columns:
         return Cut(most=function.schedule["BN"]) if "BN" in function.schedule else column_cut
-    return Cut(most=ROW_RUN if dim.innermost and not has_mma else 1)
+    if has_mma:
+        return Cut(most=1)
+    return Cut(most=function.schedule.get("BN", ROW_RUN) if dim.innermost else function.schedule.get("BM", 1))
 
 
 def _mma_blocks(rows: Dim, columns: Dim, t: mma.Tiling, most_rows: int, most_columns: int) -> tuple[Cut, Cut]:
