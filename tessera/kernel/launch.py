@@ -221,9 +221,10 @@ class Kernel:
         Raises:
             CompileError: it does not compile.
         """
-        return self._trace("cpu", args, kwargs)
+        return self.trace_for("cpu", args, kwargs)
 
-    def _trace(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Function:
+    def trace_for(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Function:
+        """`trace` with the block sizes that a backend has by default."""
         values = self._bind_types(args, kwargs)
         if self.is_method:
             variant, extra = self._variant_for(values)
@@ -259,7 +260,7 @@ class Kernel:
 
     def source(self, backend: str, *args: Any, **kwargs: Any) -> str:
         """What a backend ("interp", "cpu", "cuda") makes of one specialisation, as text."""
-        return backends.get(backend).compile(self._trace(backend, args, kwargs)).source
+        return backends.get(backend).compile(self.trace_for(backend, args, kwargs)).source
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Compile to IR only.

@@ -4,7 +4,8 @@ In: activations [M, K] of any float type, and weights as plain tensors: `quants`
 for each group of GROUP weights along K, perhaps with a minimum. `from_blocks` makes them from the blocks of a GGUF
 file. int4 tensors are packed: uint8 [N, K/2], the even k in the low nibble, two's complement. Sums are f32 chains with
 k ascending, in the `product` kernels, which round the activations to 8 bits as well, chains of groups: a row of the
-result has the same bits in any batch.
+result has the same bits in any batch. On CUDA, weights that meet bf16 activations are multiplied as sums of two bf16
+numbers, 16 of their bits: all that a 4-bit weight times an f16 scale has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from tessera import kernel
 from tessera.errors import InputError
 from tessera.kernel import lang as tile
+from tessera.kernel.schedule import schedule
 from tessera.ops.kernels.gemm import plus_bias
 from tessera.types import Tile, f32, int4, int8
 
@@ -36,6 +38,7 @@ def int8_linear_kernel(x: Tile["M", "K"], quants: Tile["N", "K", int8], scale: T
     tile.store(out, total * tile.broadcast(tile.cast(tile.load(scale), f32), axis=0))
 
 
+@schedule(mixed_dot="bf16x2")
 @kernel
 def int8_group_linear_kernel(
     x: Tile["M", "K"], quants: Tile["N", "K", int8], scale: Tile["N", "K/32"], out: Tile["M", "N"],
@@ -54,6 +57,7 @@ def int8_group_linear_kernel(
     tile.store(out, plus_bias(total, bias))
 
 
+@schedule(mixed_dot="bf16x2")
 @kernel
 def int4_linear_kernel(
     x: Tile["M", "K"], quants: Tile["N", "K", int4], scale: Tile["N", "K/32"],

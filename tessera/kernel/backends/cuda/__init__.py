@@ -11,12 +11,12 @@ and `control`; `launch` keeps texts by size bucket and launches them.
 from __future__ import annotations
 
 from tessera.kernel import ir
-from tessera.kernel.backends.cuda.cubin import compile_to_cubin
+from tessera.kernel.backends.cuda.cubin import compile_for, compile_to_cubin
 from tessera.kernel.backends.cuda.interpret import run_interpreted
 from tessera.kernel.backends.cuda.kernel import KernelText, Texts, build
 from tessera.kernel.backends.cuda.launch import Compiled
 
-__all__ = ["Compiled", "KernelText", "Texts", "build", "compile", "compile_to_cubin", "run_interpreted"]
+__all__ = ["Compiled", "KernelText", "Texts", "build", "compile", "compile_for", "compile_to_cubin", "run_interpreted"]
 
 
 def compile(function: ir.Function) -> Compiled:

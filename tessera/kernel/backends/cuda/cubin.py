@@ -1,6 +1,7 @@
 """Compiles generated Triton text to machine code for a GPU that need not be there: a check of the text.
 
-Called by tests and by `kernel.check()`; a launch compiles through Triton itself.
+Called by tests and by bench/cubins.py; a launch compiles through Triton itself, which knows as much about arguments:
+that pointers are aligned, and which strides and sizes are multiples of 16.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ def compile_to_cubin(function: ir.Function, sizes: dict[str, int], capability: i
         UnsupportedError: the text cannot be made.
         triton.CompilationError: Triton refuses the text.
     """
-    return [_compile(function, text, capability) for text in build(function, sizes).kernels]
+    return [compiled.asm["cubin"] for compiled in compile_for(function, sizes, capability)]
 
 
-def _compile(function: ir.Function, text: KernelText, capability: int) -> bytes:
+def compile_for(function: ir.Function, sizes: dict[str, int], capability: int = 90) -> list[Any]:
+    """The same as Triton's compiled kernels, which also know their shared memory (`metadata.shared`)."""
+    return [_compile(function, text, sizes, capability) for text in build(function, sizes).kernels]
+
+
+def _compile(function: ir.Function, text: KernelText, sizes: dict[str, int], capability: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -37,10 +43,10 @@ def _compile(function: ir.Function, text: KernelText, capability: int) -> bytes:
     signature = {name: _type(function, argument) for name, argument in zip(run_time, text.arguments)}
     signature |= dict.fromkeys(text.constants, "constexpr")
     aligned: list[Any] = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, argument in enumerate(text.arguments) if argument[0] in ("pointer", "stride")}
+    attributes = {(i,): aligned for i, argument in enumerate(text.arguments) if argument[0] in ("pointer", "stride")
+                  or (argument[0] == "size" and sizes[function.sizes[int(argument[1])]] % 16 == 0)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(text.constants), attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=text.options)
-    return compiled.asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=text.options)
 
 
 def _type(function: ir.Function, argument: tuple[str | int, ...]) -> str:
