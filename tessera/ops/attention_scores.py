@@ -54,17 +54,22 @@ class Scores:
             mask: bool (True: seen) or float (added), broadcastable to [B, H, M, N].
             slopes_H: of ALiBi: slope * (key's place - query's place) is added (arXiv:2108.12409).
         """
+        return self.biased(self.products(q_BHMD, k_BKND), mask, slopes_H, place, start)
+
+    def products(self, q_BHMD: Tensor, k_BKND: Tensor) -> Tensor:
+        """The scaled products of queries and keys, with the softcap, wide."""
         B, H, M, D = q_BHMD.shape
         K, N = k_BKND.shape[1:3]
         wide = torch.promote_types(q_BHMD.dtype, torch.float32)
         q_BKRD = q_BHMD.to(wide).reshape(B, K, H // K * M, D)
         s_BHMN = (q_BKRD @ k_BKND.to(wide).mT).view(B, H, M, N) * self.scale
-        if self.softcap is not None:
-            s_BHMN = self.softcap * torch.tanh(s_BHMN / self.softcap)
-        ages_MN = torch.arange(place, place + M, device=q_BHMD.device)[:, None] - torch.arange(
-            start, start + N, device=q_BHMD.device)
+        return s_BHMN if self.softcap is None else self.softcap * torch.tanh(s_BHMN / self.softcap)
+
+    def biased(self, s_BHMN: Tensor, mask: Tensor | None, slopes_H: Tensor | None, place: int, start: int) -> Tensor:
+        """`products` with what depends on places alone."""
+        ages_MN = ages(s_BHMN, place, start)
         if slopes_H is not None:
-            s_BHMN = s_BHMN - slopes_H.to(wide)[:, None, None] * ages_MN
+            s_BHMN = s_BHMN - slopes_H.to(s_BHMN.dtype)[:, None, None] * ages_MN
         seen = self._seen(ages_MN)
         if mask is not None and mask.dtype is torch.bool:
             seen = mask if seen is None else mask & seen
@@ -89,6 +94,13 @@ class Scores:
         keep_RMN = _keep_op(
             self.seed, [shape[0] * shape[1], *shape[2:]], self.dropout_p, place, start, n_keys, like.device)
         return keep_RMN.view(shape).to(like.dtype)
+
+
+def ages(s_BHMN: Tensor, place: int, start: int) -> Tensor:
+    """How many places before its query each key of a block stands, [M, N]."""
+    M, N = s_BHMN.shape[-2:]
+    places_M1 = torch.arange(place, place + M, device=s_BHMN.device)[:, None]
+    return places_M1 - torch.arange(start, start + N, device=s_BHMN.device)
 
 
 def _keep(

@@ -23,7 +23,7 @@ from tessera.ops.kernels.quantized import (
     int8_group_product_kernel,
 )
 from tessera.ops.linear import linear
-from tessera.ops.registration import is_recording, wants_reference
+from tessera.ops.registration import is_plain, is_recording, wants_reference
 
 
 def block_linear(
@@ -55,7 +55,8 @@ def block_linear(
         raise InputError(f"activations: {activations!r} given; expected 'int8' or None")
     has_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias_O is not None and bias_O.requires_grad))
     in_int8 = activations is not None
-    if has_gradient or is_invariant() or (wants_reference() and not is_recording()) or (in_int8 and not x.is_cpu):
+    is_launched = is_recording() or (is_plain(x) and not wants_reference())
+    if has_gradient or is_invariant() or not is_launched or (in_int8 and not x.is_cpu):
         x = _rounded(x) if in_int8 else x
         return linear(x, dequantize_blocks(quants, scale_OG, minimum_OG).to(x.dtype), bias_O, blocks=blocks)
     out = torch.empty(*x.shape[:-1], len(quants), dtype=x.dtype, device=x.device)
@@ -91,6 +92,8 @@ def block_embedding(
 ) -> Tensor:
     """Rows of a table in blocks, [*ids.shape, D] in dtype; ids in 0..V-1, V the rows of `quants`."""
     is_int8 = quants.dtype is torch.int8
+    if not is_recording() and not is_plain(ids):
+        return dequantize_blocks(quants[ids], scale_VG[ids], None if minimum_VG is None else minimum_VG[ids]).to(dtype)
     out = torch.empty(*ids.shape, quants.shape[-1] * (1 if is_int8 else 2), dtype=dtype, device=ids.device)
     ids_N, out_ND = ids.reshape(-1), out.view(-1, out.shape[-1])
     if is_int8:

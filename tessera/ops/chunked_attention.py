@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.ops.attention_scores import Scores, plain_attention, weighted
+from tessera.ops.attention_scores import Scores, ages, plain_attention, weighted
 from tessera.ops.registration import Operation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # chunks are plain torch: any will do
@@ -188,36 +188,38 @@ def _rows(
 
 
 def _block_gradients(
-    scores: Scores, rows: slice, columns: slice, inputs: list[Tensor | None], sums: list[Tensor | None], grad: Tensor,
-    lse: Tensor, delta: Tensor,
+    scores: Scores, rows: slice, columns: slice, inputs: Sequence[Any], sums: Sequence[Any], grad: Tensor, lse: Tensor,
+    delta: Tensor,
 ) -> None:
-    """Add what a chunk gives to the gradients; torch differentiates the chunk's scores."""
+    """Add what a chunk gives to the gradients, written out."""
     q, k, v, mask, slopes = inputs
-    assert q is not None and k is not None and v is not None
-    n_keys = k.shape[2]
-    leaves = [q[:, :, rows], k[:, :, columns], None, _cut(mask, rows, columns), slopes]
-    targets = [_cut(sums[0], rows, slice(None)), _cut(sums[1], columns, slice(None)), None,
-               _cut(sums[3], rows, columns), sums[4]]
-    with torch.enable_grad():
-        leaves = [leaf if leaf is None else leaf.detach().requires_grad_(target is not None)
-                  for leaf, target in zip(leaves, targets)]
-        assert leaves[0] is not None and leaves[1] is not None
-        s = scores.block(leaves[0], leaves[1], leaves[3], leaves[4], rows.start + n_keys - q.shape[2], columns.start)
-    weights = torch.exp(s.detach() - lse[:, :, rows, None])
-    kept, g = weights, grad[:, :, rows].to(weights.dtype)
-    slope = weighted(g, v[:, :, columns].mT)
+    n_keys, place = k.shape[2], rows.start + k.shape[2] - q.shape[2]
+    q, k, v, mask = q[:, :, rows], k[:, :, columns], v[:, :, columns], _cut(mask, rows, columns)
+    products = scores.products(q, k)
+    weights = torch.exp(scores.biased(products, mask, slopes, place, columns.start) - lse[:, :, rows, None])
+    kept, grad = weights, grad[:, :, rows].to(weights.dtype)
+    slope = weighted(grad, v.mT)
     if scores.dropout_p:
         keep = scores.keep(weights.shape, rows.start, columns.start, n_keys, weights)
         kept, slope = weights * keep, slope * keep
-    wanted = [(leaf, target) for leaf, target in zip(leaves, targets)
-              if leaf is not None and target is not None]
-    found = torch.autograd.grad(s, [leaf for leaf, _ in wanted], weights * (slope - delta[:, :, rows, None]))
-    for (_, target), part in zip(wanted, found):
-        target += part
-    B, H, M, N = kept.shape
-    K = v.shape[1]
-    assert sums[2] is not None
-    sums[2][:, :, columns] += kept.reshape(B, K, H // K * M, N).mT @ g.reshape(B, K, H // K * M, v.shape[-1])
+    slope = weights * (slope - delta[:, :, rows, None])
+    if sums[3] is not None and mask is not None:
+        target: Any = _cut(sums[3], rows, columns)
+        target += slope.sum_to_size(mask.shape)
+    if sums[4] is not None:
+        sums[4].sub_((slope * ages(slope, place, columns.start)).sum((0, 2, 3)))
+    if scores.softcap is not None:
+        slope = slope * (1 - (products / scores.softcap).square())
+    sums[0][:, :, rows] += weighted(slope, k) * scores.scale
+    sums[1][:, :, columns] += _by_keys(slope, q, k.shape[1]) * scores.scale
+    sums[2][:, :, columns] += _by_keys(kept, grad, k.shape[1])
+
+
+def _by_keys(weights_BHMN: Tensor, rows_BHMD: Tensor, n_key_heads: int) -> Tensor:
+    """weights^T @ rows, summed over the query heads that share a key head, [B, K, N, D]."""
+    B, H, M, N = weights_BHMN.shape
+    shape = (B, n_key_heads, H // n_key_heads * M)
+    return weights_BHMN.reshape(*shape, N).mT @ rows_BHMD.to(weights_BHMN.dtype).reshape(*shape, rows_BHMD.shape[-1])
 
 
 _OPTIONS = "Tensor? seed, float scale, bool causal, int? window, float? softcap, float dropout_p, int chunk"

@@ -132,7 +132,7 @@ def to_block_sparse(
     padded = F.pad(table_VD.detach().float(), (0, -width % block_size, 0, -n_rows % block_size))
     n_groups, n_columns = padded.shape[0] // block_size, padded.shape[1] // block_size
     grid = padded.view(n_groups, block_size, n_columns, block_size).transpose(1, 2)
-    weights = grid.square().sum((-1, -2)).flatten()
+    weights = grid.double().square().sum((-1, -2)).flatten()  # no square of an f32 leaves the range of f64
     n_kept = round(weights.numel() * (1 - sparsity))
     kept = weights.topk(n_kept).indices.sort().values
     kept = kept[weights[kept] > 0]

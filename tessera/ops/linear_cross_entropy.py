@@ -32,7 +32,7 @@ from tessera.ops.kernels.gemm import gemm_add_kernel, gemm_kernel, gemm_transpos
 from tessera.ops.losses import check_loss, check_targets, reduce_rows, row_gradients, row_losses
 from tessera.ops.matmul import has_products_of
 from tessera.ops.registration import Operation
-from tessera.types import Tensor, bf16, f16, f32, floating, integer
+from tessera.types import Tensor, floating, integer
 
 _CHUNK = 1 << 21  # logits in a chunk: 8 MiB of f32
 _BLOCK = 4096  # classes in a block, where the vocabulary comes in blocks
@@ -271,6 +271,47 @@ def _sum_reference(
     return losses_N.sum(dtype=losses_N.dtype) * share, d_hidden_ND, d_weight_VD
 
 
+def _shard_statistics(
+    hidden_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, first_class: int, with_sums: bool,
+) -> tuple[Tensor, ...]:
+    *found, sums_N = _statistics(hidden_ND, weight_CD.to(hidden_ND.dtype), targets_N, first_class, with_sums)
+    return *found, found[0].new_zeros(found[0].shape) if sums_N is None else sums_N
+
+
+def _shard_places(targets_N: Tensor, first_class: int, n_classes: int) -> tuple[Tensor, Tensor]:
+    """(whether a target is among the shard's classes, its place there or 0), [N, 1] each."""
+    places_N1 = (targets_N.long() - first_class).unsqueeze(-1)
+    here_N1 = (places_N1 >= 0) & (places_N1 < n_classes)
+    return here_N1, torch.where(here_N1, places_N1, 0)
+
+
+def _shard_statistics_reference(
+    hidden_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, first_class: int, with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits_NC = _plain_logits(hidden_ND, weight_CD)
+    here_N1, places_N1 = _shard_places(targets_N, first_class, len(weight_CD))
+    top_N = logits_NC.amax(-1)
+    total_N = torch.where(top_N.unsqueeze(-1) == -torch.inf, 0.0, (logits_NC - top_N.unsqueeze(-1)).exp()).sum(-1)
+    picked_N = torch.where(here_N1, logits_NC.gather(-1, places_N1), 0.0).squeeze(-1)
+    return top_N, total_N, picked_N, logits_NC.sum(-1) if with_sums else torch.zeros_like(top_N)
+
+
+def _shard_backward_reference(
+    grad_N: Tensor, hidden_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, top_N: Tensor, spread_N: Tensor,
+    ignore_index: int, smoothing: float, z_loss: float, with_weight: bool, first_class: int, n_classes: int,
+) -> tuple[Tensor, Tensor]:
+    logits_NC = _plain_logits(hidden_ND, weight_CD)
+    here_N1, places_N1 = _shard_places(targets_N, first_class, len(weight_CD))
+    factor_N = 1.0 + 2.0 * z_loss * (top_N + spread_N)
+    grad_NC = (logits_NC - (top_N + spread_N).unsqueeze(-1)).exp() * factor_N.unsqueeze(-1) - smoothing / n_classes
+    grad_NC = grad_NC.scatter_add(-1, places_N1, torch.where(here_N1, smoothing - 1.0, 0.0).to(grad_NC.dtype))
+    counted_N = (targets_N != ignore_index) & (spread_N != -torch.inf) & (grad_N != 0)
+    grad_NC = torch.where(counted_N.unsqueeze(-1), grad_NC * grad_N.unsqueeze(-1), 0.0)
+    d_hidden_ND = grad_NC @ weight_CD.to(hidden_ND.dtype).to(grad_NC.dtype)
+    d_weight_CD = (grad_NC.t() @ hidden_ND.to(grad_NC.dtype)).to(weight_CD.dtype)
+    return d_hidden_ND.to(hidden_ND.dtype), d_weight_CD if with_weight else weight_CD.new_empty(0)
+
+
 def _fake_rows(hidden_ND: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
     n = hidden_ND.shape[0]
@@ -321,9 +362,23 @@ _sum_op = Operation(
     backward=lambda saved, grad, *_: _scaled(grad, *saved), zero_grads=False)
 
 
+_shard_statistics_op = Operation(
+    "vocab_shard_statistics(Tensor hidden, Tensor weight, Tensor targets, int first_class, bool with_sums)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_shard_statistics, reference=_shard_statistics_reference,
+    fake=lambda hidden_ND, *_: (*_fake_rows(hidden_ND), _fake_rows(hidden_ND)[0]))
+_shard_backward_op = Operation(
+    "vocab_shard_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor top, Tensor spread, "
+    "int ignore_index, float smoothing, float z_loss, bool with_weight, int first_class, int n_classes)"
+    " -> (Tensor, Tensor)",
+    kernel=lambda grad_N, *rest: _rows_backward_kernel(grad_N, *rest), reference=_shard_backward_reference,
+    fake=lambda grad_N, hidden_ND, weight_CD, *options: (
+        hidden_ND.new_empty(hidden_ND.shape), weight_CD.new_empty(weight_CD.shape if options[-3] else (0,))))
+
+
 @function
 def vocab_parallel_cross_entropy(
-    hidden: Tensor["...", "D", f32 | bf16 | f16], weight_shard: Tensor["C", "D", floating],
+    hidden: Tensor["...", "D", floating], weight_shard: Tensor["C", "D", floating],
     targets: Tensor["...", integer], *, first_class: int, n_classes: int, reduce_max: Callable[[Any], Any],
     reduce_sum: Callable[[Any], Any], ignore_index: int = -100, label_smoothing: float = 0.0,
     reduction: str = "mean", z_loss: float = 0.0,
@@ -334,7 +389,7 @@ def vocab_parallel_cross_entropy(
     passes. The loss and hidden's gradient are the same on every rank, the weight's gradient is the shard's.
 
     Args:
-        hidden: [..., D] f32, bf16 or f16, the same on every rank.
+        hidden: [..., D], any float dtype, the same on every rank.
         weight_shard: [C, D], the classes first_class..first_class + C - 1.
         targets: [...] ints among all classes, the same on every rank.
         first_class, n_classes: the shard's first class, and how many there are on all ranks.
@@ -342,14 +397,14 @@ def vocab_parallel_cross_entropy(
         ignore_index, label_smoothing, reduction, z_loss: see `cross_entropy`.
 
     Raises:
-        ShapeError, InputError: as `linear_cross_entropy`, and for an f64 hidden.
+        ShapeError, InputError: as `linear_cross_entropy`.
     """
     check_loss(n_classes, label_smoothing, reduction, z_loss)
     targets_N = targets.reshape(-1)
     check_targets(targets_N, n_classes, ignore_index)
     losses_N = _VocabParallel.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight_shard, targets_N, (ignore_index, label_smoothing, z_loss),
-        (first_class, n_classes), (reduce_max, reduce_sum))
+        hidden.reshape(-1, hidden.shape[-1]), weight_shard, targets_N, (ignore_index, float(label_smoothing),
+        float(z_loss)), (first_class, n_classes), (reduce_max, reduce_sum))
     return reduce_rows(losses_N, targets_N != ignore_index, reduction, targets.shape)
 
 
@@ -360,13 +415,12 @@ class _VocabParallel(torch.autograd.Function):
         classes: tuple[int, int], reductions: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
     ) -> Tensor:
         reduce_max, reduce_sum = reductions
-        top_N, total_N, picked_N, sums_N = _statistics(
-            hidden_ND, weight_CD.to(hidden_ND.dtype), targets_N, classes[0], options[1] > 0)
+        top_N, *sums = _shard_statistics_op(hidden_ND, weight_CD, targets_N, classes[0], options[1] > 0)
         largest_N = reduce_max(top_N)
-        total_N = total_N * torch.where(largest_N == -torch.inf, 0.0, (top_N - largest_N).exp())
-        joined = reduce_sum(torch.stack([total_N, picked_N] if sums_N is None else [total_N, picked_N, sums_N]))
+        sums[0] = sums[0] * torch.where(largest_N == -torch.inf, 0.0, (top_N - largest_N).exp())
+        total_N, picked_N, *totals = reduce_sum(torch.stack(sums[:3 if options[1] else 2]))
         losses_N, top_N, spread_N = _finish(
-            largest_N, joined[0], joined[1], None if sums_N is None else joined[2], targets_N, classes[1], *options)
+            largest_N, total_N, picked_N, totals[0] if totals else None, targets_N, classes[1], *options)
         ctx.save_for_backward(hidden_ND, weight_CD, targets_N, top_N, spread_N)
         ctx.options, ctx.classes, ctx.reduce_sum = options, classes, reduce_sum
         return losses_N
@@ -374,7 +428,7 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden_ND, d_weight_CD = _rows_backward_kernel(
+        d_hidden_ND, d_weight_CD = _shard_backward_op(
             grad_N, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[1], *ctx.classes)
         d_hidden_ND = ctx.reduce_sum(d_hidden_ND)
         return d_hidden_ND, d_weight_CD if ctx.needs_input_grad[1] else None, None, None, None, None

@@ -79,6 +79,16 @@ def is_recording() -> bool:
     return not torch.compiler.is_compiling() and _n_modes() > 0 and recording.is_recording()
 
 
+def is_watched() -> bool:
+    """Whether torch traces what is called, or runs it without values (FakeTensors); not in a recorded step."""
+    return _is_compiling() or (_n_modes() > 0 and not recording.is_recording())
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a kernel may be launched on a tensor as it is: it has memory, and nothing watches or transforms it."""
+    return not _is_compiling() and type(x) in (Tensor, _PARAMETER) and not x.is_meta and _level() is None
+
+
 def is_readable(x: Tensor) -> bool:
     """Whether a tensor's values can be looked at, at no cost: not on a GPU, nor while they are traced, recorded or
     transformed by torch.func."""
@@ -115,7 +125,7 @@ class Operation:
         self.dtypes = frozenset(dtypes)
         _LIBRARY.define(schema)
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(self.name, self._run, key)
+            _LIBRARY.impl(self.name, torch.no_grad()(self._run), key)  # torch's parts must leave no graph of their own
         torch.library.register_fake(f"tessera::{self.name}", fake, lib=_LIBRARY)
         if backward is not None:
             assert save is not None, f"{self.name}: backward given without save"
@@ -126,7 +136,7 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         if _is_compiling():
-            return self.registered(*args) if self.has_gradient else self.reference(*args)
+            return self._dispatched(args)
         if (_CHOICE.get() or _default()) == "reference" or _level() is not None:
             return self.reference(*args)  # torch.func transforms it as any torch code
         if _n_modes():

@@ -21,7 +21,7 @@ from tessera.function.decorator import function
 from tessera.ops import invariant
 from tessera.ops.kernels.rope import rope_interleaved_kernel, rope_kernel
 from tessera.ops.layout import empty_like, widen
-from tessera.ops.registration import Operation, is_readable, is_recording, wants_reference
+from tessera.ops.registration import Operation, is_plain, is_readable, is_recording, is_watched, wants_reference
 from tessera.ops.rope_scaling import RopeScaling, rope_frequencies
 from tessera.types import Tensor, floating, integer, one_float
 
@@ -58,7 +58,7 @@ def rope_tables(
         stretched = seq_len
     if isinstance(positions, range) and (positions.step != 1 or positions.start < 0):
         raise InputError(f"positions: {positions} given; expected consecutive numbers from 0 on")
-    if stretched or torch.compiler.is_compiling():  # a cache of tables is nothing that can be traced
+    if stretched or is_watched():  # a cache of tables is nothing that can be traced
         return _fresh_tables(positions, dim, theta, scaling, seq_len, device)
     if isinstance(positions, range):
         cos, sin = _table(dim, theta, scaling, positions.stop, device)
@@ -156,7 +156,8 @@ def rotary_(
     """
     if x_BSHD.requires_grad and torch.is_grad_enabled():
         raise InputError("x_BSHD: a tensor that needs a gradient given; expected torch.no_grad(), or rotary")
-    if interleaved or torch.compiler.is_compiling() or wants_reference() or x_BSHD.dtype == torch.float64:
+    is_launched = is_recording() or (is_plain(x_BSHD) and not wants_reference())
+    if interleaved or not is_launched or x_BSHD.dtype == torch.float64:
         return x_BSHD.copy_(rotary(x_BSHD, cos_TR, sin_TR, rows_CS, interleaved=interleaved))
     _check(x_BSHD, cos_TR, rows_CS)
     rope_kernel(x_BSHD, cos_TR, sin_TR, x_BSHD, rows_CS, 1.0)

@@ -76,8 +76,6 @@ def _swiglu_quantized(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tens
 
 
 def _shard(hidden: Tensor, weight: Tensor) -> Tensor:
-    if hidden.dtype is torch.float64:  # what it equals on one rank; it takes no f64 itself
-        return ops.linear_cross_entropy(hidden, weight, _ids(5, 50))
     return ops.vocab_parallel_cross_entropy(
         hidden, weight, _ids(5, 50), first_class=0, n_classes=50, reduce_max=lambda x: x, reduce_sum=lambda x: x)
 
@@ -134,8 +132,8 @@ ROWS: tuple[Row, ...] = (
         sample=lambda x, w, b: ops.linear(x, w, b), bench=("linear", "gemm")),
     Row(functions=("matmul", "gemm"), registered=("matmul",), shapes=((2, 5, 33), (33, 7)),
         sample=lambda a, b: ops.matmul(a, b), bench=("matmul",)),
-    Row(functions=("casted_linear", "quantized_matmul"), registered=("casted_linear",), shapes=((5, 33), (7, 33)),
-        sample=lambda x, w: ops.casted_linear(x, *_rows8(w)), bench=("casted_linear",)),
+    Row(functions=("casted_linear", "quantized_matmul"), registered=("casted_linear", "quantized_matmul"),
+        shapes=((5, 33), (7, 33)), sample=lambda x, w: ops.casted_linear(x, *_rows8(w)), bench=("casted_linear",)),
     Row(functions=("int8_linear",), registered=("int8_linear",), shapes=((5, 33), (7, 33)),
         sample=lambda x, w: ops.int8_linear(x, *_rows8(w)), bench=("int8_linear",)),
     Row(functions=("mul_fp8", "swish_fp8"), shapes=((5, 33),),
@@ -158,8 +156,8 @@ ROWS: tuple[Row, ...] = (
     Row(functions=("linear_cross_entropy",), registered=("linear_cross_entropy", "linear_cross_entropy_sum"),
         shapes=((5, 17), (50, 17)), sample=lambda x, w: ops.linear_cross_entropy(x, w, _ids(5, 50)), bf16=1e-5,
         bench=("linear_cross_entropy",)),
-    Row(functions=("vocab_parallel_cross_entropy",), shapes=((5, 17), (50, 17)), sample=_shard, bf16=1e-5,
-        launches=True),
+    Row(functions=("vocab_parallel_cross_entropy",), registered=("vocab_shard_statistics",),
+        shapes=((5, 17), (50, 17)), sample=_shard, bf16=1e-5),
     Row(functions=("max_margin_loss", "stable_max_margin_loss"), registered=("max_margin",), shapes=((5, 33),),
         sample=lambda x: ops.max_margin_loss(x, _ids(5, 33)), bf16=1e-5, bench=("max_margin",)),
     Row(functions=("contrastive_loss", "stable_contrastive_loss"), registered=("contrastive",), shapes=((6, 17),),

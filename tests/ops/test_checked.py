@@ -76,26 +76,3 @@ def test_under_torch_func(function):
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(sum(total(each) for each in leaf), leaf)
     torch.testing.assert_close(torch.vmap(torch.func.grad(total))(x), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.functions[0])
-def test_strided_inputs_and_their_gradients(row):
-    """Every second entry of a transposed tensor: results and gradients as in f64."""
-    wide = [normal(*shape).double().requires_grad_() for shape in row.shapes]
-    strided = []
-    for x in wide:
-        spread = torch.full([2 * n for n in reversed(x.shape)], torch.nan)
-        view = spread[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
-        strided.append(view.copy_(x.detach()).requires_grad_())
-    assert not any(x.is_contiguous() for x in strided if x.numel() > 1)
-    out = row.sample(*strided)
-    with ops.implementation("reference"):
-        expected = row.sample(*wide)
-        wanted = torch.autograd.grad(expected.sin().sum(), wide, allow_unused=True) if expected.requires_grad else ()
-    bound = row.f32 * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(out.double(), expected, atol=4 * bound, rtol=0)
-    found = torch.autograd.grad(out.double().sin().sum(), strided, allow_unused=True) if wanted else ()
-    for got, want in zip(found, wanted):
-        if got is not None and want is not None:  # 8-bit weights are constants
-            bound = 100 * row.f32 * max(1.0, want.abs().max().item())
-            torch.testing.assert_close(got.double(), want, atol=bound, rtol=0)
