@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from tessera import env
 from tessera.errors import LaunchError
@@ -60,7 +61,11 @@ class Compiled:
         """The arguments as the machine code reads them: 8-byte slots, the last one for its status."""
         slots: list[Any] = []
         for arg in args:
-            if isinstance(arg, torch.Tensor):
+            kind = type(arg)
+            if kind is torch.Tensor or isinstance(arg, torch.Tensor):
+                if kind is FakeTensor:  # its address is nowhere
+                    raise LaunchError(f"{self._function.name}: a FakeTensor given, which has no memory; expected tensors "
+                                      "with values")
                 slots.append(arg.data_ptr())
                 slots += arg.stride()
             else:
