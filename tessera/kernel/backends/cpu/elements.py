@@ -15,7 +15,7 @@ from tessera.kernel.backends.cpu import emit, vmath
 from tessera.kernel.backends.cpu.columns import ANY, find_rows, is_aligned, load_across, merge_index, split_index
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
-from tessera.kernel.backends.cpu.storage import from_storage, load_first, round_to, store_first, to_storage
+from tessera.kernel.backends.cpu.storage import count_lanes, from_storage, load_first, round_to, store_first, to_storage
 from tessera.kernel.ir import Op, Value
 from tessera.types import DType, int4
 
@@ -237,8 +237,18 @@ def load(ctx: Context, memory: Memory, point: Point) -> Val:
         raw = b.load(address, wide) if point.mask is None else \
             load_first(b, address, wide, point.mask, by_words=not ctx.target.has_avx512)
     else:
-        raw = b.gather(_lane_pointers(ctx, memory, point), emit.vec(point.lanes, ty), _all(point.lanes))
+        raw = _load_apart(ctx, memory, point, ty)
     return from_storage(b, raw, dtype)
+
+
+def _load_apart(ctx: Context, memory: Memory, point: Point, ty: str) -> Val:
+    """Elements that lie apart; the first one for lanes that the mask leaves out. (With masks, processors without
+    instructions for gathers would branch on each lane.)"""
+    b, axis, lanes = ctx.b, point.axis, ctx.b.iota(point.lanes)
+    assert axis is not None
+    offsets = b.mul(lanes if point.mask is None else b.select(point.mask, lanes, 0), memory.strides[axis])
+    pointers = b.gep(memory.address(b, point.indices), offsets, ty)
+    return b.gather(pointers, emit.vec(point.lanes, ty), _all(point.lanes))
 
 
 def store(ctx: Context, memory: Memory, point: Point, x: Val) -> None:
@@ -250,23 +260,24 @@ def store(ctx: Context, memory: Memory, point: Point, x: Val) -> None:
     x = x if emit.lanes(x.ty) else b.splat(x, point.lanes)
     raw = to_storage(b, x, memory.dtype)
     if memory.strides[axis].const != 1:
-        if point.mask is not None:
-            raw = b.select(point.mask, raw, b.splat(b.extract(raw, 0), point.lanes))
-        b.scatter(raw, _lane_pointers(ctx, memory, point), _all(point.lanes))
+        _store_apart(ctx, memory, point, raw)
     elif point.mask is None:
         b.store(raw, memory.address(b, point.indices))
     else:
         store_first(b, raw, memory.address(b, point.indices), point.mask, by_words=not ctx.target.has_avx512)
 
 
-def _lane_pointers(ctx: Context, memory: Memory, point: Point) -> Val:
-    """The address of each lane; the first one's for lanes that the mask leaves out. (With masks, processors without
-    instructions for gathers and scatters would branch on each lane.)"""
-    b, axis = ctx.b, point.axis
-    assert axis is not None
-    start, lanes = memory.address(b, point.indices), b.iota(point.lanes)
-    offsets = b.mul(lanes if point.mask is None else b.select(point.mask, lanes, 0), memory.strides[axis])
-    return b.gep(start, offsets, storage_type(memory.dtype))
+def _store_apart(ctx: Context, memory: Memory, point: Point, raw: Val) -> None:
+    """Lane by lane, in a loop: processors store one at a time anyway, and their addresses laid out one after the other
+    would be a large part of the code of a kernel with such an output."""
+    b, ty = ctx.b, emit.elem(raw.ty)
+    assert point.axis is not None
+    lanes, to = b.alloca(ty, point.lanes), memory.address(b, point.indices)
+    b.store(raw, lanes)
+    count: Val = emit.const(point.lanes, I64) if point.mask is None else b.cast("zext", count_lanes(b, point.mask), I64)
+    with b.for_(0, count) as lane:
+        x = b.load(b.gep(lanes, lane.i, ty), ty)
+        b.store(x, b.gep(to, b.mul(lane.i, memory.strides[point.axis]), ty))
 
 
 def _load_int4(ctx: Context, memory: Memory, point: Point) -> Val:

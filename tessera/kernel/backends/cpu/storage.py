@@ -47,7 +47,7 @@ def load_first(b: Builder, address: Val, ty: str, mask: Val, *, by_words: bool) 
     lanes, pack = emit.lanes(ty), _per_word(ty)
     if not by_words or pack == 1 or lanes <= pack:
         return b.masked_load(address, ty, mask)
-    count, words = _count(b, mask), emit.vec(lanes // pack, I32)
+    count, words = count_lanes(b, mask), emit.vec(lanes // pack, I32)
     selected = b.lane_mask(b.lshr(count, pack.bit_length() - 1), lanes // pack)
     vector = b.bitcast(b.masked_load(address, words, selected, align=1), ty)
     for index in _last(b, count, pack):
@@ -64,7 +64,7 @@ def store_first(b: Builder, raw: Val, address: Val, mask: Val, *, by_words: bool
     if not by_words or pack == 1 or lanes <= pack:
         b.masked_store(raw, address, mask)
         return
-    count, words = _count(b, mask), emit.vec(lanes // pack, I32)
+    count, words = count_lanes(b, mask), emit.vec(lanes // pack, I32)
     selected = b.lane_mask(b.lshr(count, pack.bit_length() - 1), lanes // pack)
     b.masked_store(b.bitcast(raw, words), address, selected, align=1)
     for index in _last(b, count, pack):
@@ -76,7 +76,7 @@ def _per_word(ty: str) -> int:
     return max(1, 32 // emit.bits(emit.elem(ty)))
 
 
-def _count(b: Builder, mask: Val) -> Val:
+def count_lanes(b: Builder, mask: Val) -> Val:
     """How many lanes a mask selects, as i32."""
     ty = f"i{emit.lanes(mask.ty)}"
     count = b.intrinsic("llvm.ctpop", [b.bitcast(mask, ty)], ty)
