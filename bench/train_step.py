@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("both", "bf16", "f32"), default="both")
     parser.add_argument("--repetitions", type=int, default=5, help="steps that are timed, by turns")
-    parser.add_argument("--curve", type=int, default=20, metavar="STEPS", help="steps whose losses are compared")
+    parser.add_argument("--curve", type=int, default=EARLY, metavar="STEPS", help="steps whose losses are compared")
     parser.add_argument("--rows", type=int, default=BATCH, help=f"sequences of a batch (default {BATCH})")
     parser.add_argument("--twin", action="store_true", help="also train tessera with its weights off by a rounding")
     parser.add_argument("--cold", action="store_true", help="do not fill the caches of compiled code first")
@@ -225,7 +225,8 @@ def main() -> None:
                           worker=Worker(__file__, ["--worker", *given])) for given in arguments]
         distances = measure(systems, options)
     report(systems, computer)
-    name = "train_step" if options.rows == BATCH else f"train_step_{options.rows}_rows"
+    name = "train_step" + f"_{options.rows}_rows" * (options.rows != BATCH) + f"_{options.curve}_steps" * (
+        options.curve != EARLY)
     print("written:", write_results(name, {"machine": computer, "curve_steps": options.curve, "systems": {
         system.name: {"rows": system.rows, "first_step_seconds": system.first_step,
                       "tokens_per_second": system.tokens_per_second, "distance": distances.get(system.name),
