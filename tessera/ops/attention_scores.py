@@ -88,6 +88,11 @@ class Scores:
         places_S1 = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
         return self._seen(places_S1 - torch.arange(n_keys, device=device))
 
+    def first_seed(self) -> int:
+        """What the first row of batch and heads draws with; the next ones count on."""
+        assert self.seed is not None
+        return _spread(self.seed)
+
     def keep(self, shape: torch.Size, place: int, start: int, n_keys: int, like: Tensor) -> Tensor:
         """What dropout multiplies the weights of a block with, [B, H, M, N]; places as for `block`, from 0."""
         assert self.seed is not None
@@ -103,11 +108,15 @@ def ages(s_BHMN: Tensor, place: int, start: int) -> Tensor:
     return places_M1 - torch.arange(start, start + N, device=s_BHMN.device)
 
 
+def _spread(seed: Tensor) -> int:
+    return int(seed) * _MIX % 2**62
+
+
 def _keep(
     seed: Tensor, sizes: list[int], dropout_p: float, place: int, start: int, n_keys: int, device: torch.device,
 ) -> Tensor:
     keep_RMN = torch.empty(sizes, device=device)
-    attention_dropout_kernel(keep_RMN, dropout_p, int(seed) * _MIX % 2**62, place, start, n_keys)
+    attention_dropout_kernel(keep_RMN, dropout_p, _spread(seed), place, start, n_keys)
     return keep_RMN
 
 

@@ -1,7 +1,8 @@
-"""Attention in chunks of plain torch: memory linear in the sequence, for any mask, bias, dropout and dtype.
+"""Attention for any mask, bias, dropout and dtype, with memory linear in the sequence.
 
-In: q, k, v and everything that `Scores` knows. Out: the heads' weighted values; gradients by computing each chunk
-again. ops.attention and ops.flash_attention call it for what the tile kernels do not take.
+In: q, k, v and everything that `Scores` knows. Out: the heads' weighted values. The tile kernels do it; f64, windows to
+both sides, and the gradients of masks and slopes are taken in chunks of plain torch, each computed again for its
+gradients. ops.attention and ops.flash_attention call it.
 
 Dims: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim; M, N a chunk's queries and keys.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tessera.ops.attention_scores import Scores, ages, plain_attention, weighted
+from tessera.ops.attention_tiles import fits_tiles, tile_attention, tile_gradients, variant
 from tessera.ops.registration import Operation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # chunks are plain torch: any will do
@@ -47,6 +49,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, *options: Any,
 ) -> tuple[Tensor, Tensor]:
     scores, chunk = _scores(*options[:-1]), options[-1]
+    if q.dtype is not torch.float64 and fits_tiles(scores):
+        return tile_attention(q, k, v, sinks, scores, variant(q, k, scores, mask, slopes))
     out, lse = _fake(q)
     for rows in _chunks(q.shape[2], chunk):
         out[:, :, rows], lse[:, :, rows] = _rows(scores, chunk, rows, q, k, v, mask, slopes, sinks)
@@ -64,12 +68,15 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, lse: Tensor,
-    delta: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, out: Tensor,
+    lse: Tensor, grad_lse: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
 ) -> tuple[Tensor, ...]:
-    """Those of q, k, v, mask and slopes; empty where they are not wanted. `delta` [B, H, S] is grad . out, less the
-    gradient of the log-sum-exp."""
+    """Those of q, k, v, mask and slopes; empty where they are not wanted."""
     scores, chunk = _scores(*options[:-1]), options[-1]
+    if q.dtype is not torch.float64 and fits_tiles(scores) and not (wants_mask or wants_slopes):
+        return *tile_gradients(grad, q, k, v, out, lse, grad_lse, scores, variant(q, k, scores, mask, slopes)), \
+            q.new_empty(0), q.new_empty(0)
+    delta = _delta(grad, out, lse, grad_lse)
     inputs: list[Tensor | None] = [q, k, v, mask, slopes]
     wanted = (True, True, True, wants_mask, wants_slopes)
     sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and want else None
@@ -83,10 +90,11 @@ def _gradients(
 
 
 def _reference_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, lse: Tensor,
-    delta: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, out: Tensor,
+    lse: Tensor, grad_lse: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
 ) -> tuple[Tensor, ...]:
     """The same from the scores held whole, themselves differentiable."""
+    delta = _delta(grad, out, lse, grad_lse)
     (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
     scores, given = _scores(*options[:-1]), [q, k, mask, slopes]
     wanted = (True, True, wants_mask, wants_slopes)
@@ -107,8 +115,8 @@ def _reference_gradients(
 
 
 def _fake_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, lse: Tensor,
-    delta: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, out: Tensor,
+    lse: Tensor, grad_lse: Tensor, wants_mask: bool, wants_slopes: bool, *options: Any,
 ) -> tuple[Tensor, ...]:
     wanted = (True, True, True, wants_mask, wants_slopes)
     return tuple(torch.empty_like(x) if x is not None and want else q.new_empty(0)
@@ -122,11 +130,15 @@ def _save(inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> tuple[Any, ..
 
 def _backward(saved: Sequence[Any], grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     *inputs, sinks, out, lse, wants_mask, wants_slopes = saved[:10]
-    delta = (grad.to(lse.dtype) * out).sum(-1) - grad_lse
-    grads = _gradients_op(grad, *inputs, lse, delta, wants_mask, wants_slopes, *saved[10:])
-    grad_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
+    grads = _gradients_op(grad, *inputs, out, lse, grad_lse, wants_mask, wants_slopes, *saved[10:])
+    grad_sinks = None if sinks is None else sink_gradient(sinks, lse, _delta(grad, out, lse, grad_lse))
     return (*grads[:3], grads[3] if wants_mask else None, grads[4] if wants_slopes else None, grad_sinks,
             *(None,) * 7)
+
+
+def _delta(grad: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
+    """What all of a row's changes lose alike, [B, H, S]: grad . out, less the gradient of the log-sum-exp."""
+    return (grad.to(lse.dtype) * out).sum(-1) - grad_lse
 
 
 def sink_gradient(sinks_H: Tensor, lse_BHS: Tensor, delta_BHS: Tensor) -> Tensor:
@@ -224,8 +236,9 @@ def _by_keys(weights_BHMN: Tensor, rows_BHMD: Tensor, n_key_heads: int) -> Tenso
 
 _OPTIONS = "Tensor? seed, float scale, bool causal, int? window, float? softcap, float dropout_p, int chunk"
 _gradients_op = Operation(
-    "chunked_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor lse, "
-    f"Tensor delta, bool wants_mask, bool wants_slopes, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "chunked_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor out, "
+    f"Tensor lse, Tensor grad_lse, bool wants_mask, bool wants_slopes, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor)",
     kernel=_gradients, reference=_reference_gradients, fake=_fake_gradients, dtypes=_DTYPES)
 _chunked_op = Operation(
     f"chunked_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? sinks, {_OPTIONS}) -> "

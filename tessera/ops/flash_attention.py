@@ -7,7 +7,6 @@ Dims: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +14,11 @@ import torch
 
 from tessera.errors import InputError, UnsupportedError
 from tessera.function.decorator import function
-from tessera.kernel import Kernel
 from tessera.ops.attention_scores import AnyMask, Scores, check_scores, dropout_seed, plain_attention
+from tessera.ops.attention_tiles import Grads, tile_attention, tile_gradients
 from tessera.ops.chunked_attention import in_chunks, sink_gradient
-from tessera.ops.kernels.flash_attention import flash_attention_kernel
-from tessera.ops.kernels.flash_attention_backward import (
-    flash_attention_backward_kernel,
-    flash_attention_grad_kv_kernel,
-    flash_attention_grad_q_kernel,
-)
 from tessera.ops.registration import Operation
 from tessera.types import Tensor, dtype_of, one_float
-
-Grads = tuple[Tensor, Tensor, Tensor]
 
 
 @function
@@ -41,8 +32,8 @@ def flash_attention(
 ) -> Tensor["B", "G*K", "S", "D", one_float]:
     """softmax(scale * q k^T) v in blocks, scores never held whole (arXiv:2205.14135).
 
-    Causal, windowed and plain attention with or without sinks run as tile kernels; a mask, ALiBi, a softcap or
-    dropout run as `chunked_attention`. Memory is linear in the sequence either way, in both directions.
+    Runs as tile kernels, forward and backward; as `chunked_attention` for f64, windows to both sides, and the
+    gradients of a mask or of slopes. Memory is linear in the sequence either way, in both directions.
 
     Args:
         q_BHSD: [B, H, S, D].
@@ -116,7 +107,7 @@ def _in_blocks(
     q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scores: Scores, mask: Tensor | None, slopes_H: Tensor | None,
     sinks_H: Tensor | None, block_q: int, block_k: int, chunk: int,
 ) -> Tensor:
-    """By tile kernels where they know such scores, else in chunks of plain torch."""
+    """By the plain tile kernels where nothing else is asked for."""
     if fits_flash(scores, mask, slopes_H) and q_BHSD.dtype is not torch.float64:
         out: Tensor = flash_attention_op(
             q_BHSD, k_BKTD, v_BKTD, sinks_H, scores.scale, scores.is_causal, scores.window, block_q, block_k)[0]
@@ -125,7 +116,7 @@ def _in_blocks(
 
 
 def fits_flash(scores: Scores, mask: Tensor | None, slopes_H: Tensor | None) -> bool:
-    """Whether the tile kernels know such scores."""
+    """Whether `flash_attention_op` takes such scores: nothing but causal ones, with a window or sinks."""
     return (mask is None and slopes_H is None and scores.softcap is None and not scores.dropout_p
             and (scores.window is None or scores.is_causal))
 
@@ -136,19 +127,12 @@ def _block(name: str, size: int | None) -> int:
     return size or 0
 
 
-@functools.cache
-def _scheduled(kernel: Kernel, block_q: int, block_k: int) -> Kernel:
-    tile = {name: size for name, size in (("BM", block_q), ("BN", block_k)) if size}
-    return kernel.with_schedule(tile=tile) if tile else kernel
-
-
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, causal: bool, window: int | None,
     block_q: int, block_k: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
-    _scheduled(flash_attention_kernel, block_q, block_k)(q, k, v, out, scale, causal, lse, window, sinks)
-    return out, lse
+    scores = Scores(scale=scale, is_causal=causal, window=window)
+    return tile_attention(q, k, v, sinks, scores, (), block_q, block_k)
 
 
 def _reference(
@@ -161,21 +145,12 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def attention_gradients(
+def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, scale: float,
     causal: bool, window: int | None,
 ) -> Grads:
-    """The gradients of q, k and v from the tile kernels: one program a key head, or, with few, one a block."""
-    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-    if q.is_cpu and k.shape[0] * k.shape[1] >= 2 * torch.get_num_threads():
-        grad_q = torch.zeros_like(q, dtype=torch.float32)
-        flash_attention_backward_kernel(
-            grad, q, k, v, out, lse, grad_q, grad_k, grad_v, scale, causal, window, grad_lse)
-        return grad_q.to(q.dtype), grad_k, grad_v
-    grad_q, excess = torch.empty_like(q), torch.empty_like(lse)
-    flash_attention_grad_q_kernel(grad, q, k, v, out, lse, grad_q, excess, scale, causal, window, grad_lse)
-    flash_attention_grad_kv_kernel(grad, q, k, v, lse, excess, grad_k, grad_v, scale, causal, window)
-    return grad_q, grad_k, grad_v
+    """The gradients of q, k and v from the tile kernels."""
+    return tile_gradients(grad, q, k, v, out, lse, grad_lse, Scores(scale=scale, is_causal=causal, window=window))
 
 
 def _backward_reference(
@@ -200,7 +175,7 @@ def _backward_reference(
 flash_attention_backward_op = Operation(
     "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? grad_lse, "
     "float scale, bool causal, int? window) -> (Tensor, Tensor, Tensor)",
-    kernel=attention_gradients, reference=_backward_reference,
+    kernel=_gradients, reference=_backward_reference,
     fake=lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
 
 

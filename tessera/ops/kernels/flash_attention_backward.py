@@ -11,6 +11,7 @@ from typing import Optional
 from tessera import kernel
 from tessera.kernel import lang as tile
 from tessera.kernel.schedule import schedule
+from tessera.ops.kernels.attention_variants import keep_factors, load_mask, load_slope, vary
 from tessera.types import Tile, f32
 
 
@@ -36,23 +37,36 @@ def _seeing(start, columns, n_queries, n_keys, rows, causal, window):
     return begin, end
 
 
-def _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window):
-    """P and scale dS of a block of queries from `place` and keys from `start`, [M, N]."""
+def _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window, variant):
+    """P and scale dS of a block of queries from `place` and keys from `start`, [M, N]; variant: see `_variant`."""
     ages = (tile.arange(queries.shape[0]) + place)[:, None] - (tile.arange(keys.shape[0]) + start)[None, :]
     scores, changes = tile.mma(queries, tile.transpose(keys)), tile.mma(grads, tile.transpose(values))
-    return _weights(scores, changes, ages, row_lse[:, None], excess[:, None], scale, causal, window)
+    return _weights(scores, changes, ages, row_lse[:, None], excess[:, None], scale, causal, window, *variant)
 
 
-def _block_transposed(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window):
+def _block_transposed(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window, variant):
     """`_block`'s tiles as [N, M]: as they are computed, so they are multiplied with dO and q."""
     ages = (tile.arange(queries.shape[0]) + place)[None, :] - (tile.arange(keys.shape[0]) + start)[:, None]
     scores, changes = tile.mma(keys, tile.transpose(queries)), tile.mma(values, tile.transpose(grads))
-    return _weights(scores, changes, ages, row_lse[None, :], excess[None, :], scale, causal, window)
+    softcap, slope, mask, keep = variant
+    if mask is not None:
+        mask = tile.transpose(mask)
+    if keep is not None:
+        keep = tile.transpose(keep)
+    return _weights(scores, changes, ages, row_lse[None, :], excess[None, :], scale, causal, window, softcap, slope,
+                    mask, keep)
 
 
-def _weights(scores, changes, ages, lse, excess, scale, causal, window):
+def _variant(softcap, slopes, mask, dropout, seed, batch, head, n_heads, first, rows, start, columns, n_keys):
+    """(softcap, the head's slope, mask [M, N], what dropout multiplies [M, N] with) of a block, None what is not."""
+    return (softcap, load_slope(slopes, head), load_mask(mask, batch, head, first, rows, start, columns),
+            keep_factors(dropout, seed, batch * n_heads + head, first, rows, start, columns, n_keys))
+
+
+def _weights(scores, changes, ages, lse, excess, scale, causal, window, softcap, slope, mask, keep):
     """P and scale dS from the products of q with k and of dO with v; `ages` counts from key to query."""
-    scores = scores * scale
+    plain = scores * scale
+    scores = vary(plain, ages, softcap, slope, mask)
     if causal:
         scores = tile.where(ages >= 0, scores, -float("inf"))
     if window is not None:
@@ -60,7 +74,14 @@ def _weights(scores, changes, ages, lse, excess, scale, causal, window):
     # A row that sees no key has -inf, and -inf - -inf would be NaN; a score above its row's sum is one of rounding.
     safe_lse = tile.where(lse == -float("inf"), 0.0, lse)
     weights = tile.exp(tile.minimum(scores - safe_lse, 0.0))
-    return weights, weights * (changes - excess) * scale
+    kept = weights
+    if keep is not None:
+        kept, changes = weights * keep, changes * keep
+    slopes = weights * (changes - excess) * scale
+    if softcap is not None:
+        bend = tile.tanh(plain / softcap)
+        slopes = slopes * (1.0 - bend * bend)
+    return kept, slopes
 
 
 @kernel
@@ -70,6 +91,9 @@ def flash_attention_backward_kernel(
     grad_q: Tile["B", "H", "S", "D", f32], grad_k: Tile["B", "H_kv", "T", "D"], grad_v: Tile["B", "H_kv", "T", "D"],
     scale: float, causal: bool = False, window: Optional[int] = None,  # noqa: UP045
     grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
+    mask: Optional[Tile["B", "H", "S", "T"]] = None,  # noqa: UP045
+    slopes: Optional[Tile["H"]] = None, softcap: Optional[float] = None,  # noqa: UP045
+    dropout: Optional[float] = None, seed: int = 0,  # noqa: UP045
 ):
     """All three gradients, five products a block: a program has a key head and the query heads that share it.
 
@@ -79,6 +103,7 @@ def flash_attention_backward_kernel(
         grad_q: [B, H, S, D] f32, zeros; the sum over the keys.
         grad_k, grad_v: [B, H_kv, T, D], written.
         grad_lse: [B, H, S] f32, of the log-sum-exp; None for zero.
+        mask, slopes, softcap, dropout, seed: as flash_attention_kernel took them; they get no gradient here.
     """
     ctx = tile.context()
     rows, columns, group = ctx.block_m, ctx.block_n, ctx.H // ctx.H_kv
@@ -93,12 +118,14 @@ def flash_attention_backward_kernel(
                 for first in tile.range(begin, end, rows):
                     queries, grads, row_lse, excess = _load_rows(grad, q, out, lse, grad_lse, batch, head, first, rows)
                     place = first + ctx.T - ctx.S
-                    weights, slopes = _block(
-                        queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window)
+                    variant = _variant(softcap, slopes, mask, dropout, seed, batch, head, ctx.H, first, rows, start,
+                                       columns, ctx.T)
+                    weights, changes = _block(
+                        queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window, variant)
                     sum_v = tile.mma(tile.transpose(weights), grads, sum_v)
-                    sum_k = tile.mma(tile.transpose(slopes), queries, sum_k)
+                    sum_k = tile.mma(tile.transpose(changes), queries, sum_k)
                     before = tile.load(grad_q[batch, head, first:first + rows])
-                    tile.store(grad_q[batch, head, first:first + rows], before + tile.mma(slopes, keys))
+                    tile.store(grad_q[batch, head, first:first + rows], before + tile.mma(changes, keys))
             tile.store(grad_k[batch, shared, start:start + columns], sum_k)
             tile.store(grad_v[batch, shared, start:start + columns], sum_v)
 
@@ -110,6 +137,9 @@ def flash_attention_grad_q_kernel(
     v: Tile["B", "H_kv", "T", "D"], out: Tile["B", "H", "S", "D"], lse: Tile["B", "H", "S", f32],
     grad_q: Tile["B", "H", "S", "D"], excess: Tile["B", "H", "S", f32], scale: float, causal: bool = False,
     window: Optional[int] = None, grad_lse: Optional[Tile["B", "H", "S", f32]] = None,  # noqa: UP045
+    mask: Optional[Tile["B", "H", "S", "T"]] = None,  # noqa: UP045
+    slopes: Optional[Tile["H"]] = None, softcap: Optional[float] = None,  # noqa: UP045
+    dropout: Optional[float] = None, seed: int = 0,  # noqa: UP045
 ):
     """The gradient of q alone, a program a block of queries: for more processors than there are key heads.
 
@@ -133,8 +163,11 @@ def flash_attention_grad_q_kernel(
         for start in tile.range(begin, end, columns):
             keys = tile.load(k[batch, shared, start:start + columns])
             values = tile.load(v[batch, shared, start:start + columns])
-            _, slopes = _block(queries, grads, keys, values, row_lse, row_excess, scale, place, start, causal, window)
-            total = tile.mma(slopes, keys, total)
+            variant = _variant(
+                softcap, slopes, mask, dropout, seed, batch, head, ctx.H, first, rows, start, columns, ctx.T)
+            _, changes = _block(
+                queries, grads, keys, values, row_lse, row_excess, scale, place, start, causal, window, variant)
+            total = tile.mma(changes, keys, total)
         tile.store(grad_q[batch, head, first:first + rows], total)
 
 
@@ -145,6 +178,9 @@ def flash_attention_grad_kv_kernel(
     v: Tile["B", "H_kv", "T", "D"], lse: Tile["B", "H", "S", f32], excess: Tile["B", "H", "S", f32],
     grad_k: Tile["B", "H_kv", "T", "D"], grad_v: Tile["B", "H_kv", "T", "D"], scale: float, causal: bool = False,
     window: Optional[int] = None,  # noqa: UP045
+    mask: Optional[Tile["B", "H", "S", "T"]] = None,  # noqa: UP045
+    slopes: Optional[Tile["H"]] = None, softcap: Optional[float] = None,  # noqa: UP045
+    dropout: Optional[float] = None, seed: int = 0,  # noqa: UP045
 ):
     """The gradients of k and v alone, a program a block of keys: for more processors than there are key heads.
 
@@ -167,10 +203,12 @@ def flash_attention_grad_kv_kernel(
                 grads = tile.load(grad[batch, head, first:first + rows])
                 row_lse = tile.load(lse[batch, head, first:first + rows])
                 row_excess = tile.load(excess[batch, head, first:first + rows])
-                weights, slopes = _block_transposed(
+                variant = _variant(
+                    softcap, slopes, mask, dropout, seed, batch, head, ctx.H, first, rows, start, columns, ctx.T)
+                weights, changes = _block_transposed(
                     queries, grads, keys, values, row_lse, row_excess, scale, first + ctx.T - ctx.S, start, causal,
-                    window)
+                    window, variant)
                 sum_v = tile.mma(weights, grads, sum_v)
-                sum_k = tile.mma(slopes, queries, sum_k)
+                sum_k = tile.mma(changes, queries, sum_k)
         tile.store(grad_k[batch, shared, start:start + columns], sum_k)
         tile.store(grad_v[batch, shared, start:start + columns], sum_v)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tessera.ops.attention_scores import Scores, plain_attention
+from tessera.ops.attention_tiles import variant
 from tessera.ops.decode_attention import decode_attention_op
 from tessera.ops.flash_attention import flash_attention_backward_op
 from tessera.ops.kernels import flash_attention_backward as backward
@@ -59,6 +60,33 @@ def test_flash_attention_and_its_gradients(backend, dtype, S, T, D, causal, wind
     for found in (whole, parts):
         for actual, one in zip(found, grads):
             check(actual, one)
+
+
+@pytest.mark.parametrize("causal, dtype", [(True, torch.float32), (False, torch.bfloat16)], ids=["f32", "bf16"])
+def test_masks_slopes_softcap_and_dropout(backend, causal, dtype):
+    (q, grad), (k, v) = normal(1, 2, 2, 4, 7, 16, dtype=dtype), normal(2, 2, 2, 2, 33, 16, dtype=dtype)
+    mask = normal(3, 2, 1, 1, 33) > -1 if causal else normal(3, 4, 7, 33)
+    slopes = normal(4, 4).abs() if causal else None
+    scores = Scores(scale=0.3, is_causal=causal, softcap=None if causal else 2.0, dropout_p=0.2, seed=torch.tensor(5))
+    whole_mask, *others = variant(q, k, scores, mask, slopes)
+    options = whole_mask.contiguous(), *others  # what Triton's interpreter is given is written back
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = plain_attention(*wide, scores, mask, slopes)
+    grads = torch.autograd.grad(expected, wide, grad.double())
+    out, lse, excess = torch.full_like(q, torch.nan), nans(2, 4, 7), nans(2, 4, 7)
+    launch(flash_attention_kernel, backend, q, k, v, out, 0.3, causal, lse, None, None, *options)
+    check(out, expected)
+    check(lse, expected_lse)
+    whole, parts = ([x.new_full(x.shape, torch.nan) for x in (q, k, v)] for _ in range(2))
+    whole[0] = torch.zeros(q.shape)
+    how = (0.3, causal, None)
+    launch(backward.flash_attention_backward_kernel, backend, grad, q, k, v, out, lse, *whole, *how, None, *options)
+    launch(backward.flash_attention_grad_q_kernel, backend, grad, q, k, v, out, lse, parts[0], excess, *how, None,
+           *options)
+    launch(backward.flash_attention_grad_kv_kernel, backend, grad, q, k, v, lse, excess, *parts[1:], *how, *options)
+    for found in (whole, parts):
+        for actual, one in zip(found, grads):
+            check(actual.to(dtype), one)
 
 
 @DTYPES
