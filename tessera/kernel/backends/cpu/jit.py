@@ -1,7 +1,7 @@
 """LLVM text to machine code: verify, optimise, assemble, load.
 
-In: the text of a module (`emit.py`) and a `Target`. Out: object bytes, which can be kept on disk, and from
-object bytes a `Library` with the addresses of its functions. Called by the backend's launch path and cache.
+In: the text of a module (`emit.py`) and a `Target`. Out: the bytes of its objects, which can be kept on disk, and from
+these bytes a `Library` with the addresses of its functions. Called by the backend's launch path and cache.
 
 The optimiser runs a few of LLVM's passes, each once: the generator has chosen vectors, unrolling and the order of
 loops, so what is left is inlining, propagation of constants into helpers and the removal of what is computed twice.
@@ -13,15 +13,17 @@ allowed.
 from __future__ import annotations
 
 import itertools
+import struct
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import llvmlite.binding as llvm
 
 from tessera import env
 from tessera.errors import CompileError, UnsupportedError
+from tessera.kernel.backends.cpu import halves
 from tessera.kernel.backends.cpu.host import Target, runs_here
 
 _lock = threading.RLock()
@@ -51,7 +53,7 @@ class Library:
 
 
 def compile_to_object(ir_text: str, target: Target) -> bytes:
-    """Machine code of a module as a relocatable object.
+    """Machine code of a module as relocatable objects: their number, their lengths, their bytes.
 
     Raises:
         CompileError: the text is not valid LLVM assembly (a defect of the generator).
@@ -61,7 +63,28 @@ def compile_to_object(ir_text: str, target: Target) -> bytes:
         module = _optimized(ir_text, machine)
         if "asm" in env.get("TESSERA_DUMP").split(","):
             print(machine.emit_assembly(module), file=sys.stderr)
-        return machine.emit_object(module)
+        objects = [machine.emit_object(module)] if len(ir_text) < halves.LARGE else \
+            halves.emit(module, (machine, _machine(target, 1)))
+        return struct.pack(f"<{1 + len(objects)}Q", len(objects), *map(len, objects)) + b"".join(objects)
+
+
+def _objects(data: bytes) -> Iterator[bytes]:
+    """What `compile_to_object` put together.
+
+    Raises:
+        CompileError: the bytes are something else.
+    """
+    try:
+        (count,) = struct.unpack_from("<Q", data)
+        lengths = struct.unpack_from(f"<{min(count, len(data))}Q", data, 8)
+    except struct.error:
+        lengths = ()
+    start = 8 + 8 * len(lengths)
+    if not lengths or start + sum(lengths) != len(data):
+        raise CompileError("cannot load compiled objects: the bytes are not a kernel's")
+    for length in lengths:
+        yield data[start:start + length]
+        start += length
 
 
 def compile_to_asm(ir_text: str, target: Target) -> str:
@@ -94,7 +117,9 @@ def load_object(data: bytes, target: Target, symbols: Mapping[str, int] | None =
         raise UnsupportedError(f"code for {target.cpu} cannot run on this machine ({llvm.get_host_cpu_name()})")
     with _lock:
         name = f"tessera{next(_names)}"
-        builder = llvm.JITLibraryBuilder().add_object_img(data).add_current_process()
+        builder = llvm.JITLibraryBuilder().add_current_process()
+        for part in _objects(data):
+            builder.add_object_img(part)
         for symbol, address in (symbols or {}).items():
             builder.import_symbol(symbol, address)
         try:
@@ -121,7 +146,8 @@ def _linker() -> llvm.LLJIT:
 
 
 @cache
-def _machine(target: Target) -> llvm.TargetMachine:
+def _machine(target: Target, number: int = 0) -> llvm.TargetMachine:
+    """A target machine; a thread that emits code needs one of its own, by `number`."""
     _initialize()
     return llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=1, reloc="pic", codemodel="small", jit=True)
