@@ -113,3 +113,34 @@ def test_division_by_zero_does_not_stop_the_process():
     fits = (y != 0) & (y != -1)
     assert torch.equal(q[fits], x[fits] // y[fits]) and torch.equal(r[fits], x[fits] % y[fits])
     assert q[y == 0].tolist() == [0, 0]
+
+
+@ts.kernel
+def divides_floats(x: Tile["N", f32], y: Tile["N", f32], q: Tile["N", f32], r: Tile["N", f32]):
+    q[:] = x // y
+    r[:] = x % y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quotients_and_remainders_of_floats_are_exact(backend):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.cat([rand(40) * 10.0 ** torch.randint(-2, 7, (40,), generator=generator), torch.tensor([-7.0, 7.0, 0.0])])
+    y = torch.cat([rand(40, seed=1), torch.full((3,), 0.7)])
+    q, r = torch.empty_like(x), torch.empty_like(x)
+    launch(divides_floats, backend, x, y, q, r)
+    exact = torch.div(x.double(), y.double(), rounding_mode="floor")
+    small = exact.abs() < 2**22
+    assert torch.equal(q[small].double(), exact[small])
+    torch.testing.assert_close(r, torch.remainder(x.double(), y.double()).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [f32, f64], ids=str)
+@pytest.mark.parametrize("backend", ["interp", "cpu"])
+def test_quotients_of_numbers_without_end(backend, dtype):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([5.0, -5.0, 0.0, inf, 1.0, 0.0, nan, -6.0, 6.0], dtype=dtype.torch)
+    y = torch.tensor([inf, inf, -inf, 2.0, 0.0, 0.0, 1.0, 3.0, -3.0], dtype=dtype.torch)
+    q, r = torch.empty_like(x), torch.empty_like(x)
+    launch(divides_floats.retype({f32: dtype}), backend, x, y, q, r)
+    torch.testing.assert_close(q, torch.tensor([0, -1, 0, nan, inf, nan, nan, -2, -2], dtype=q.dtype), equal_nan=True)
+    torch.testing.assert_close(r, torch.tensor([5, inf, 0, nan, nan, nan, nan, 0, 0], dtype=q.dtype), equal_nan=True)

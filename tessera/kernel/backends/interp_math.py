@@ -42,11 +42,16 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _floordiv(x: Tensor, y: Tensor) -> Tensor:
-    return torch.floor(x / y) if x.is_floating_point() else torch.div(x, y, rounding_mode="floor")
+    return torch.div(_wide(x), _wide(y), rounding_mode="floor").to(x.dtype)
 
 
 def _mod(x: Tensor, y: Tensor) -> Tensor:
-    return x - torch.floor(x / y) * y if x.is_floating_point() else torch.remainder(x, y)
+    return torch.remainder(_wide(x), _wide(y)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Floats in f64, so that quotient and remainder are rounded once."""
+    return x.double() if x.is_floating_point() else x
 
 
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -131,13 +131,13 @@ def div(x: Operand, y: Operand) -> Value:
 
 @builtin
 def floordiv(x: Operand, y: Operand) -> Value:
-    """x // y, rounded towards minus infinity as in Python."""
+    """x // y, rounded towards minus infinity as in Python; ints by 0 are an error on interp."""
     return binary("floordiv", x, y)
 
 
 @builtin
 def mod(x: Operand, y: Operand) -> Value:
-    """x % y, with the sign of y as in Python."""
+    """x % y, with the sign of y as in Python; of floats exact where x / y is below 2^53."""
     return binary("mod", x, y)
 
 

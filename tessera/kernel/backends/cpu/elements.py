@@ -15,6 +15,7 @@ from tessera.kernel.backends.cpu import emit, vmath
 from tessera.kernel.backends.cpu.columns import ANY, find_rows, is_aligned, load_across, merge_index, split_index
 from tessera.kernel.backends.cpu.context import Context, Memory, floor_div, floor_mod, register_type, storage_type
 from tessera.kernel.backends.cpu.emit import I1, I32, I64, Val
+from tessera.kernel.backends.cpu.float_division import float_floor_div, float_floor_mod
 from tessera.kernel.backends.cpu.storage import count_lanes, from_storage, load_first, round_to, store_first, to_storage
 from tessera.kernel.ir import Op, Value
 from tessera.types import DType, int4
@@ -431,8 +432,7 @@ def _binary(ctx: Context, name: str, x: Val, y: Val, point: Point | None) -> Val
     if name == "pow":
         return vmath.pow(b, *_uniform_lanes(ctx, [x, y])) if is_float else _int_pow(ctx, x, y)
     if is_float:
-        floor = b.intrinsic("llvm.floor", [b.div(x, y)], max(x.ty, y.ty, key=emit.lanes))
-        return floor if name == "floordiv" else b.sub(x, b.mul(floor, y, contract=False), contract=False)
+        return (float_floor_div if name == "floordiv" else float_floor_mod)(b, *_uniform_lanes(ctx, [x, y]))
     if point is not None and point.mask is not None and emit.lanes(y.ty):
         y = b.select(point.mask, y, 1)  # a lane past the edge must not divide by zero
     x, y = _uniform_lanes(ctx, [x, y])

@@ -56,6 +56,15 @@ def float_mod(a, b):
     remainder = libdevice.fmod(a, b)
     return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
 """,
+    "float_floordiv": """
+@triton.jit
+def float_floordiv(a, b):
+    remainder = libdevice.fmod(a, b)
+    remainder = tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
+    quotient = tl.where(b == 0, a / b, tl.floor((a - remainder) / b + 0.5))
+    crosses = (a != 0) & ((a < 0) != (b < 0))
+    return tl.where((tl.abs(b) == float("inf")) & (tl.abs(a) != float("inf")), tl.where(crosses, -1.0, 0.0), quotient)
+""",
     "int_pow": """
 @triton.jit
 def int_pow(a, b):

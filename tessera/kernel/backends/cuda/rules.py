@@ -44,12 +44,7 @@ def binary_text(emitter: Emitter, name: str, is_float: bool, x: str, y: str) -> 
         emitter.helpers.add("int_pow")
         return f"int_pow({x}, {y})"
     kind = "float" if is_float else "int"
-    if name == "mod" and is_float:
-        emitter.helpers.add("float_mod")
-    elif name == "floordiv" and is_float:
-        return f"tl.floor({x} / {y})"
-    else:
-        emitter.helpers.add(f"int_{name}")
+    emitter.helpers.add(f"{kind}_{name}")
     return f"{kind}_{name}({x}, {y})"
 
 
