@@ -23,7 +23,7 @@ import torch
 
 from tessera import dist, env
 from tessera.cli.chat import Conversation, converse
-from tessera.cli.loading import load
+from tessera.cli.loading import be_silent, load
 from tessera.cli.options import ModelOptions, SamplingOptions
 from tessera.errors import TesseraError
 
@@ -55,7 +55,7 @@ def _on_rank(
     rank = dist.get_rank()
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the rest of this process
+        be_silent()
     session = load(model)
     stop = Interrupt(session.engine.mesh)
     conversation = Conversation(session, sampling, system, stop.is_agreed)

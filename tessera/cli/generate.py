@@ -7,14 +7,13 @@ in a JSON object. Called by cli.app.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tessera import dist, env
-from tessera.cli.loading import Session, load
+from tessera.cli.loading import Session, be_silent, load
 from tessera.cli.options import ModelOptions, SamplingOptions
 from tessera.errors import InputError, NotFoundError
 from tessera.infer.engine import GenerationResult
@@ -51,8 +50,7 @@ def _on_rank(*arguments: Any) -> None:
     """What each of several ranks does: all compute, the first one speaks."""
     dist.init()
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of this process
-        sys.stderr = sys.stdout
+        be_silent()
     _speak(*arguments)
 
 

@@ -5,6 +5,7 @@ In: ModelOptions. Out: a loaded model with its tokenizer. Called by cli.generate
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,14 @@ def load(options: ModelOptions) -> Session:
 def fastest_dtype() -> str:
     """bf16 where the processor has instructions for its products, else f32."""
     return "bf16" if has_products_of(torch.bfloat16) else "f32"
+
+
+def be_silent() -> None:
+    """Send what this process prints to nowhere from now on, what its libraries print too: another rank speaks."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 @contextmanager
