@@ -76,6 +76,23 @@ def softmax_cross_entropy(
     return cross_entropy(logits, targets, reduction=reduction)
 
 
+@function
+def apply_label_smoothing(
+    log_probs: Tensor["...", "V", floating], label_smoothing: float,
+) -> Tensor["...", "V", floating]:
+    """(1 - s) log_probs + s mean(log_probs): minus the target's entry is then the smoothed loss (arXiv:1512.00567).
+
+    Args:
+        log_probs: [..., V].
+        label_smoothing: s, 0 to 1.
+
+    Raises:
+        InputError: label_smoothing is out of its range.
+    """
+    check_loss(1, label_smoothing, "none", 0.0)
+    return (1.0 - label_smoothing) * log_probs + label_smoothing * log_probs.mean(-1, keepdim=True)
+
+
 # The documents' names for the same.
 stable_cross_entropy = cross_entropy
 fused_softmax_cross_entropy = softmax_cross_entropy

@@ -31,23 +31,26 @@ def matmul(
 
     Args:
         a: [..., M, K] or [K].
-        b: [..., K, N] or [K], of a's dtype; leading dims broadcast.
+        b: [..., K, N] or [K]; leading dims broadcast. Of two float dtypes the wider one is taken for both.
         accumulate_dtype: f32 or f64, at least as wide as the inputs; int32 for int8 inputs. By default what
             `ts.precision` says, else f32 (f64 for f64, int32 for int8).
-        out_dtype: by default the inputs' dtype; int32 for int8.
+        out_dtype: by default the inputs' (wider) dtype; int32 for int8.
 
     Returns:
         [..., M, N].
 
     Raises:
-        ShapeError: the shapes do not fit, or the dtypes differ.
+        ShapeError: the shapes do not fit, or the dtypes differ and are not floats.
         UnsupportedError: sums in a narrower type were asked for.
     """
     if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-2 if b.dim() > 1 else 0]:
         raise ShapeError(f"b: {list(b.shape)} given for a {list(a.shape)}; expected [..., "
                          f"{a.shape[-1] if a.dim() else 'K'}, N]")
     if a.dtype is not b.dtype:
-        raise ShapeError(f"b: {b.dtype} given for a {a.dtype}; expected one dtype")
+        if not (a.is_floating_point() and b.is_floating_point()) or min(a.itemsize, b.itemsize) < 2:
+            raise ShapeError(f"b: {b.dtype} given for a {a.dtype}; expected one dtype, or floats of 16 bits or more")
+        wider = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(wider), b.to(wider)
     active = active_precision()
     if active is not None and a.is_floating_point():
         a, b = a.to(active.compute), b.to(active.compute)

@@ -155,6 +155,24 @@ def alibi_bias(
     return (alibi_slopes(num_heads, torch.float64)[:, None, None] * distances).to(dtype_of(dtype).torch)
 
 
+@function
+def apply_causal_mask(
+    scores: Tensor["...", "M", "N", one_float], q_start: int = 0, k_start: int = 0,
+) -> Tensor["...", "M", "N", one_float]:
+    """Scores with -inf where a key stands behind its query, for a block of queries against a block of keys.
+
+    Args:
+        scores: [..., M, N] of queries at places q_start.. and keys at places k_start...
+        q_start, k_start: places of the first query and key in their sequence.
+
+    Returns:
+        The masked scores.
+    """
+    M, N = scores.shape[-2:]
+    places_M1 = torch.arange(q_start, q_start + M, device=scores.device)[:, None]
+    return scores.masked_fill(torch.arange(k_start, k_start + N, device=scores.device) > places_M1, -torch.inf)
+
+
 def _rotate(
     x_BSHD: Tensor, position_ids: Tensor | None, frequencies: Tensor, factor: float, interleaved: bool,
 ) -> Tensor:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tessera.errors import InputError, ShapeError, UnsupportedError
+from tessera.errors import InputError, UnsupportedError
+from tessera.function.decorator import function
 from tessera.ops.kernels.quantize import (
     LARGEST,
     TINY,
@@ -32,6 +32,7 @@ from tessera.ops.kernels.quantize import (
     quantize_kernel,
 )
 from tessera.ops.registration import Operation, is_readable
+from tessera.types import Tensor, f32, floating
 
 KINDS = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "mxfp4")
 GRANULARITIES = ("tensor", "row", "channel", "group")
@@ -76,8 +77,10 @@ class Quantized:
         return dequantize(self, dtype)
 
 
+@function
 def quantize(
-    x: Tensor, kind: str, *, granularity: str | None = None, group: int = 32, symmetric: bool = True,
+    x: Tensor["...", "I", floating], kind: str, *, granularity: str | None = None, group: int = 32,
+    symmetric: bool = True,
 ) -> Quantized:
     """Round a tensor to few bits.
 
@@ -95,7 +98,7 @@ def quantize(
         UnsupportedError: another kind, or a combination that it does not have.
         InputError: x has NaN or infinite values (looked for where they can be read at no cost), or an option is out
             of its range.
-        ShapeError: x has no dims.
+        ShapeError: x has no dims, or is no float tensor.
     """
     _check(x, kind, granularity, group, symmetric)
     granularity = granularity or ("group" if kind in _PACKED else "row")
@@ -152,8 +155,6 @@ def _check(x: Tensor, kind: str, granularity: str | None, group: int, symmetric:
         raise UnsupportedError(f"{kind}: asymmetric given; only int8 and int4 have a zero point")
     if group < 2 or group % 2:
         raise InputError(f"group: {group} given; expected an even number of at least 2")
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ShapeError(f"x: {x.dtype} {list(x.shape)} given; expected floats with at least one dim")
     if is_readable(x) and not bool(x.isfinite().all()):
         raise InputError("x: NaN or infinite values given; expected finite ones")
 
@@ -269,7 +270,10 @@ def is_quantized(dtype: torch.dtype) -> bool:
     return dtype in _KIND
 
 
-def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@function
+def quantize_rows(
+    weight: Tensor["...", "I", floating], dtype: torch.dtype,
+) -> tuple[Tensor["...", "I"], Tensor["...", f32]]:
     """Round each row to 8 bits, scaled so that its largest magnitude is the type's largest.
 
     Args:
@@ -286,12 +290,18 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return codes_MK.view(weight.shape), scale_M.view(weight.shape[:-1])
 
 
-def dequantize_rows(quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+@function
+def dequantize_rows(
+    quantized: Tensor["...", "I"], scale: Tensor["..."], dtype: torch.dtype,
+) -> Tensor["...", "I"]:
     """The weight that `quantize_rows` stored: quantized * scale, the product rounded once to dtype."""
     return (quantized.float() * scale.unsqueeze(-1)).to(dtype)
 
 
-def fake_quantize_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+@function
+def fake_quantize_rows(
+    weight: Tensor["...", "I", floating], dtype: torch.dtype,
+) -> Tensor["...", "I", floating]:
     """Weight rounded as `quantize_rows` stores it; gradients pass straight through (arXiv:1308.3432)."""
     return _fake_quantize_op(_rows(weight), _kind(dtype)).view(weight.shape)
 

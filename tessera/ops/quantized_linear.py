@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from tessera.errors import ShapeError, UnsupportedError
+from tessera.errors import UnsupportedError
 from tessera.function.decorator import function
 from tessera.ops.kernels.casted_linear import (
     casted_linear_kernel,
@@ -71,10 +71,12 @@ def int8_linear(
 
 
 @torch.no_grad()
+@function
 def quantized_matmul(
-    x: Tensor, weight: Tensor, *, input_scale: float = 1.0, weight_scale: float | Tensor = 1.0,
+    x: Tensor["...", "K"], weight: Tensor["K", "N"], *, input_scale: float = 1.0,
+    weight_scale: Tensor["N"] | Tensor[1] | Tensor[()] | float = 1.0,
     output_dtype: DType | torch.dtype | str = torch.float32, output_scale: float = 1.0,
-) -> Tensor:
+) -> Tensor["...", "N"]:
     """(x * input_scale) @ (weight * weight_scale) / output_scale, sums in f32, rounded once; for inference.
 
     Args:
@@ -94,9 +96,6 @@ def quantized_matmul(
     """
     if not is_quantized(weight.dtype):
         raise UnsupportedError(f"weight: {weight.dtype} given; expected int8, float8_e4m3fn or float8_e5m2")
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
-        raise ShapeError(f"weight: {list(weight.shape)} given for x {list(x.shape)}; "
-                         f"expected [{x.shape[-1] if x.dim() else 'K'}, N]")
     scale_N = torch.as_tensor(weight_scale, dtype=torch.float32, device=x.device) * (input_scale / output_scale)
     scale_N = scale_N.reshape(-1).expand(weight.shape[-1]).contiguous()
     wide = x.float() if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) else x

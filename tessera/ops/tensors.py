@@ -72,7 +72,8 @@ def randn(*size: Any, dtype: AnyDType = None, **options: Any) -> Tensor:
     return _made(torch.randn, size, dtype, options, drawn=True)
 
 
-def cast(x: Tensor, dtype: AnyDType) -> Tensor:
+@function
+def cast(x: Tensor["..."], dtype: DType | torch.dtype | str | type) -> Tensor["..."]:
     """x in another dtype, rounded to nearest; for 8-bit types, what is too large becomes the largest number."""
     wanted = dtype_of(dtype).torch
     if wanted.itemsize == 1 and x.is_floating_point() and wanted not in (torch.bool, torch.uint8):
@@ -109,3 +110,9 @@ def split_heads(
         raise ShapeError(f"qkv: {list(qkv.shape)} given; expected [B, S, {width}]")
     q, k, v = qkv.unflatten(-1, (-1, head_dim)).transpose(1, 2).split([num_heads, kv_heads, kv_heads], 1)
     return q, k, v
+
+
+@function
+def merge_heads(x_BHSD: Tensor["B", "H", "S", "D"]) -> Tensor["B", "S", "H*D"]:
+    """The heads of each token side by side, [B, S, H * D]: what an output projection reads after attention."""
+    return x_BHSD.transpose(1, 2).flatten(2)

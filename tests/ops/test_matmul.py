@@ -75,8 +75,8 @@ def test_wrong_arguments():
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     with pytest.raises(ShapeError, match=r"b: \[5, 4\] given for a \[3, 4\]; expected \[\.\.\., 4, N\]"):
         matmul(a, b.T)
-    with pytest.raises(ShapeError, match=r"b: torch\.float64 given for a torch\.float32"):
-        matmul(a, b.double())
+    with pytest.raises(ShapeError, match=r"b: torch\.int8 given for a torch\.float32"):
+        matmul(a, b.to(torch.int8))
     for dtype, wanted in ((torch.float32, "bf16"), (torch.bfloat16, "int32"), (torch.int8, "f32")):
         with pytest.raises(UnsupportedError, match="accumulate_dtype:"):
             matmul(a.to(dtype), b.to(dtype), accumulate_dtype=wanted)
@@ -109,3 +109,13 @@ def test_registration():
         torch.autograd.grad(compiled(a, b), (a, b)), torch.autograd.grad(matmul(a, b).float().sum(), (a, b)))
     x, y = normal(12, 2, 3, 4).double().requires_grad_(), normal(13, 2, 4, 2).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: matmul_op(x, y, torch.float64), (x, y))
+
+
+def test_of_two_float_types_the_wider_is_taken():
+    a, b = normal(30, 5, 17).bfloat16().requires_grad_(), normal(31, 17, 3).requires_grad_()
+    out = matmul(a, b, accumulate_dtype=ts.f32)
+    assert out.dtype is torch.float32
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), atol=1e-5, rtol=1e-5)
+    grad_a, grad_b = torch.autograd.grad(out.sum(), (a, b))
+    assert (grad_a.dtype, grad_b.dtype) == (a.dtype, b.dtype)
+    torch.testing.assert_close(grad_b.double(), a.double().sum(0)[:, None].expand(17, 3), atol=1e-5, rtol=1e-5)

@@ -136,7 +136,7 @@ def test_wrong_arguments():
     for arguments, error, match in [
         ((x, "int3"), UnsupportedError, "kind: 'int3' given"),
         ((x * torch.inf, "int8"), InputError, "x: NaN or infinite"),
-        ((x.int(), "int8"), ShapeError, r"x: torch\.int32 \[4, 8\] given"),
+        ((x.int(), "int8"), ShapeError, r"x is torch\.int32; expected one of"),
     ]:
         with pytest.raises(error, match=match):
             quantize(*arguments)

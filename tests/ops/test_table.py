@@ -14,8 +14,9 @@ from tessera.ops.registration import implementation
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 # Of `ops`, what computes nothing by itself: tables and masks, modes, tests, parts of other functions.
-HELPERS = {"add", "cast", "even_blocks", "gather", "implementation", "is_invariant", "is_quantized", "make_mask",
-           "ring_attention", "rope_frequencies", "rope_tables", "split_heads", "wants_reference"}
+HELPERS = {"add", "apply_causal_mask", "apply_label_smoothing", "cast", "even_blocks", "gather", "implementation",
+           "is_invariant", "is_quantized", "make_mask", "merge_heads", "ring_attention", "rope_frequencies",
+           "rope_tables", "split_heads", "wants_reference"}
 
 
 def test_the_document_is_what_the_code_makes():
