@@ -171,6 +171,8 @@ class Builder(ShapeBuilder):
 
     def atomic_add(self, view: Value, x: Value) -> None:
         """view += x, safe between grid programs; for floats the order, so the last bits, may vary."""
+        if view.type.dtype == bool_:
+            raise TypeRuleError(f"atomic_add: {show(view)} given; expected numbers", view)
         self.emit("atomic_add", [view, self._fit(view, x, "atomic_add")])
 
     def _fit(self, view: Value, x: Value, what: str) -> Value:
@@ -187,7 +189,8 @@ class Builder(ShapeBuilder):
 
     def _fit_dtype(self, view: Value, x: Value, what: str) -> Value:
         if view.type.dtype == int4:
-            raise TypeRuleError(f"{what}: int4 parameters are read-only", view)
+            raise TypeRuleError(f"{what}: int4 parameters are read-only; write two to a uint8: "
+                                "(even & 15) | ((odd & 15) << 4)", view)
         if (x.type.dtype.is_float != view.type.dtype.is_float) and x.type.dtype != bool_ and view.type.dtype != bool_:
             raise TypeRuleError(f"{what}: {show(x)} into {show(view)}: cast it to {view.type.dtype} first", x, view)
         return self.cast(x, view.type.dtype)

@@ -86,7 +86,8 @@ class ShapeBuilder:
         if x.type.dtype == dtype:
             return x
         if dtype == int4:
-            raise TypeRuleError("cast: int4 is a storage type of parameters; nothing can be cast to it", x)
+            raise TypeRuleError("cast: int4 is a storage type of parameters; nothing can be cast to it; write two to a "
+                                "uint8: (even & 15) | ((odd & 15) << 4)", x)
         return self.emit("cast", [x], [TileTy(x.type.shape, dtype, x.type.valid)]).result
 
     # -- shapes -------------------------------------------------------------------------------------

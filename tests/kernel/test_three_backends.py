@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import tessera as ts
-from tessera import Tile, bf16, f32, f64, int32, int64, tile
+from tessera import Tile, bf16, f16, f32, f64, fp8_e4m3, int4, int8, int32, int64, tile, uint8
+from tessera.errors import UnsupportedError
 from tests.kernel.backends import BACKENDS, launch
 
 
@@ -144,3 +145,48 @@ def test_quotients_of_numbers_without_end(backend, dtype):
     launch(divides_floats.retype({f32: dtype}), backend, x, y, q, r)
     torch.testing.assert_close(q, torch.tensor([0, -1, 0, nan, inf, nan, nan, -2, -2], dtype=q.dtype), equal_nan=True)
     torch.testing.assert_close(r, torch.tensor([5, inf, 0, nan, nan, nan, nan, 0, 0], dtype=q.dtype), equal_nan=True)
+
+
+@ts.kernel
+def packs(x: Tile["N", "2*K", f32], o: Tile["N", "K", uint8], scale: Tile["N", f32]):
+    values = tile.load(x)
+    step = tile.reduce_max(tile.abs(values)) / 7.0
+    pairs = tile.reshape(tile.cast(tile.round(values / step[:, None]), int32), (x.shape[0], o.shape[1], 2))
+    o[:] = tile.cast((pairs[..., 0] & 15) | ((pairs[..., 1] & 15) << 4), uint8)
+    scale[:] = step
+
+
+@ts.kernel
+def unpacks(w: Tile["N", "K", int4], scale: Tile["N", f32], o: Tile["N", "K", f32]):
+    o[:] = tile.cast(w, f32) * scale[:, None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int4_written_as_bytes_and_read_again(backend):
+    x = rand(7, 22)
+    packed, scale, again = torch.empty(7, 11, dtype=torch.uint8), torch.empty(7), torch.empty(7, 22)
+    launch(packs, backend, x, packed, scale)
+    launch(unpacks, backend, packed, scale, again)
+    assert ((again - x).abs() <= 0.5001 * scale[:, None]).all() and packed.unique().numel() > 40
+
+
+@pytest.mark.parametrize("dtype", [f64, f16, bf16, fp8_e4m3, int8, uint8, int64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_atomic_sums_of_every_width(backend, dtype):
+    if backend == "triton-interpreter" and dtype.bits == 8:
+        with pytest.raises(UnsupportedError, match=r"atomic_add: .* cannot be added to; expected 16 bits or more"):
+            launch(counts_in(dtype), backend, torch.ones(70), torch.zeros(7).to(dtype.torch))
+        return
+    o = torch.zeros(7).to(dtype.torch)
+    launch(counts_in(dtype), backend, torch.ones(70), o)
+    assert o.float().tolist() == [10.0] * 7
+
+
+def counts_in(dtype):
+    """`counts` with results of another dtype."""
+    @ts.kernel
+    def counts(w: Tile["N", f32], o: Tile[7, dtype]):
+        for r in tile.grid(w.shape[0]):
+            tile.atomic_add(o[r % 7], tile.cast(w[r], o.dtype))
+
+    return counts

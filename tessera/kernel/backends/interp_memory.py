@@ -141,7 +141,11 @@ class View:
     def atomic_add(self, x: Tensor) -> None:
         """Add to the elements, rounded to the memory's dtype."""
         self.memory.access("atomic_add", self.index)
-        self.memory.data[self.index] += x
+        data = self.memory.data
+        if data.is_floating_point() and data.element_size() < 4:  # torch has no sums of 8-bit floats
+            data[self.index] = (data[self.index].float() + x.float()).to(data.dtype)
+        else:
+            data[self.index] += x
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows of the first axis: rows.shape + shape[1:]."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tessera.errors import UnsupportedError
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu import emit, grouped, plan
-from tessera.kernel.backends.cpu.context import Context, Memory, register_type
+from tessera.kernel.backends.cpu.context import Context, Memory, register_type, storage_type
 from tessera.kernel.backends.cpu.control import lower_for, lower_if, lower_while
 from tessera.kernel.backends.cpu.elements import Point, compute, element, index64, load, produce, store
 from tessera.kernel.backends.cpu.emit import I64, PTR, Val
@@ -24,9 +24,11 @@ from tessera.kernel.backends.cpu.matmul import lower_mma, store_products
 from tessera.kernel.backends.cpu.printing import lower_print
 from tessera.kernel.backends.cpu.reductions import reduce, scan
 from tessera.kernel.backends.cpu.sorting import sort
+from tessera.kernel.backends.cpu.storage import from_storage, to_storage
 from tessera.kernel.backends.cpu.stores import store_groups
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Block, Function, Op
+from tessera.types import DType
 
 _SCALAR = ir.ELEMENTWISE | {"rand"}
 _LAZY = frozenset("broadcast transpose reshape slice full iota load gather".split())
@@ -331,15 +333,29 @@ def _scatter(ctx: Context, op: Op) -> None:
 def _atomic_add(ctx: Context, op: Op) -> None:
     view, value = op.operands
     memory, b = ctx.memory[view.name], ctx.b
-    if memory.dtype.bits < 32:
-        raise UnsupportedError(f"cpu: atomic_add into {memory.dtype}; expected f32, f64, int32 or int64")
 
     def one(point: Point) -> None:
-        x = element(ctx, value, point)
-        kind = "fadd" if emit.is_float(x.ty) else "add"
-        b.emit(f"atomicrmw {kind} ptr {memory.address(b, point.indices).name}, {x} monotonic", x.ty)
+        x, address = element(ctx, value, point), memory.address(b, point.indices)
+        if memory.dtype.bits < 32:
+            _add_small(b, address, x, memory.dtype)
+        else:
+            kind = "fadd" if emit.is_float(x.ty) else "add"
+            b.emit(f"atomicrmw {kind} ptr {address.name}, {x} monotonic", x.ty)
 
     _each_point(ctx, value, one)
+
+
+def _add_small(b: emit.Builder, address: Val, x: Val, dtype: DType) -> None:
+    """Add to 16 or 8 bits of memory: again and again, until nobody else has changed them meanwhile."""
+    number, bits = b.function.unique(), f"i{dtype.bits}"
+    b.line(f"br label %add{number}")
+    b.start_block(f"add{number}")
+    old = b.emit(f"load atomic {bits}, ptr {address.name} monotonic, align {dtype.bits // 8}", bits)
+    held = from_storage(b, b.bitcast(old, storage_type(dtype)), dtype)
+    new = b.bitcast(to_storage(b, b.add(held, x), dtype), bits)
+    pair = b.emit(f"cmpxchg ptr {address.name}, {old}, {new} monotonic monotonic", f"{{ {bits}, i1 }}")
+    b.line(f"br {b.emit(f'extractvalue {pair}, 1', emit.I1)}, label %added{number}, label %add{number}")
+    b.start_block(f"added{number}")
 
 
 def _assert(ctx: Context, op: Op) -> None:

@@ -7,6 +7,7 @@ child process that was started with TRITON_INTERPRET=1 does the work; this modul
 from __future__ import annotations
 
 import atexit
+import ctypes
 import io
 import os
 import struct
@@ -173,6 +174,19 @@ def _round_as_the_hardware_does() -> None:
         return builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    atomic = interpreter.InterpreterBuilder.create_atomic_rmw
+
+    def create_atomic_rmw(self: Any, operation: Any, pointers: Any, x: Any, mask: Any, *rest: Any) -> Any:
+        """bf16, whose bits the interpreter would add as integers: one element after the other, rounded each time."""
+        if x.dtype.scalar != tl.bfloat16:
+            return atomic(self, operation, pointers, x, mask, *rest)
+        for at, number, is_in in zip(pointers.data.flat, x.data.flat, mask.data.flat):
+            if is_in:
+                place = torch.frombuffer((ctypes.c_uint16 * 1).from_address(int(at)), dtype=torch.bfloat16)
+                place += torch.tensor([number], dtype=torch.uint16).view(torch.bfloat16)
+        return x
+
+    interpreter.InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
     load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
 
     def as_bool(mask: Any) -> Any:

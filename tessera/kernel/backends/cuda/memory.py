@@ -149,6 +149,8 @@ def write(emitter: Emitter, op: ir.Op, x: ir.Value, param: ir.Param, wanted: Seq
         text = value.text  # tl.store broadcasts a scalar
     condition = f", mask={emitter.filled(mask, axes)}" if mask is not None else ""
     emitter.written.add(param.value)
+    if op.name == "atomic_add" and param.value.type.dtype.bits < 16:
+        raise emitter.unsupported(op, f"{param.value.type.dtype} cannot be added to; expected 16 bits or more")
     call = "tl.atomic_add" if op.name == "atomic_add" else "tl.store"
     if call == "tl.atomic_add" and axes and not value.axes:
         text = f"tl.full({emitter.shape(axes)}, {value.text}, {param_name(param)}_ptr.dtype.element_ty)"
