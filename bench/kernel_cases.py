@@ -1,7 +1,8 @@
 """The cases of bench/kernels.py: what is computed, by whom, and what the machine would need at least.
 
 Each case has our kernel, torch's own operation (eager), the function that torch.compile gets, a float64
-reference, and either its flops or a `floor`: a torch operation that only moves the same bytes.
+reference, and either its flops or a `floor`: a torch operation that only moves the same bytes. Products of up to 8
+rows find their weights in memory, as a model that generates does: each call takes another copy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
-from itertools import product
+from itertools import cycle, product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from tessera.ops import kernels
 from tessera.ops.kernels.quantized import GROUP
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+COLD_BYTES = 256 << 20  # of the copies of a weight that few rows take in turn: more than caches hold
 SLOW_BF16_FLOPS = 4e8  # the largest bf16 product that a processor without bf16 instructions is given
 
 
@@ -204,12 +207,25 @@ def _embedding(name: str, dtype: torch.dtype, tokens: int, width: int) -> Case:
 def _linear(name: str, dtype: torch.dtype, m: int, n: int, k: int) -> Case:
     x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
     out = torch.empty(m, n, dtype=dtype)
+    weights = _copies(weight) if m <= 8 else [weight]
     rows, goal = ("M<=8", 1.5) if m <= 8 else ("M=32", 1.0) if m == 32 else ("M>=128", 1.1 if name == "f32" else 0.9)
     return Case(
         group=f"gemm {name} {rows}", label=f"gemm {name} {m}x{n}x{k}", out=out, goal=goal,
-        ours=lambda: kernels.linear_kernel(x, weight, out), eager=lambda: F.linear(x, weight),
+        ours=_in_turn(lambda w: kernels.linear_kernel(x, w, out), weights),
+        eager=_in_turn(lambda w: F.linear(x, w), weights),
         expected=lambda: x[:16].double() @ weight.double().T, flops=2.0 * m * n * k, bytes=weight.nbytes,
-        floor=_move([weight], None) if m <= 32 else None)
+        floor=_in_turn(lambda read: read(), [_move([w], None) for w in weights]) if m <= 32 else None)
+
+
+def _copies(x: Tensor) -> list[Tensor]:
+    """So many copies of a tensor that none is left in a cache when its turn comes."""
+    return [x, *(x.clone() for _ in range(COLD_BYTES // x.nbytes))]
+
+
+def _in_turn(run: Callable[[Any], Any], items: Sequence[Any]) -> Callable[[], Any]:
+    """A call of run() with the next item."""
+    turns = cycle(items)
+    return lambda: run(next(turns))
 
 
 def _quantized(kind: str, m: int, n: int, k: int, *, rounded: bool = False) -> Case:
@@ -222,18 +238,19 @@ def _quantized(kind: str, m: int, n: int, k: int, *, rounded: bool = False) -> C
         torch.stack([(quants & 15 ^ 8), (quants >> 4 ^ 8)], -1).flatten(-2).double() - 8
     scale = torch.rand(n) if kind == "int8" else torch.rand(n, groups).half()
     minimum = torch.randn(n, groups) if kind == "q4_1" else None
-    ours: dict[str, Callable[[], None]] = {
-        "int8": lambda: kernels.int8_linear_kernel(x, quants, scale, out),
-        "q8_0": lambda: kernels.int8_group_linear_kernel(x, quants, scale, out),
-        "q4_0": lambda: kernels.int4_linear_kernel(x, quants, scale, None, out),
-        "q4_1": lambda: kernels.int4_linear_kernel(x, quants, scale, minimum, out),
+    ours: dict[str, Callable[[Tensor], None]] = {
+        "int8": lambda w: kernels.int8_linear_kernel(x, w, scale, out),
+        "q8_0": lambda w: kernels.int8_group_linear_kernel(x, w, scale, out),
+        "q4_0": lambda w: kernels.int4_linear_kernel(x, w, scale, None, out),
+        "q4_1": lambda w: kernels.int4_linear_kernel(x, w, scale, minimum, out),
     }
-    in_int8: dict[str, Callable[[], None]] = {
-        "int8": lambda: kernels.int8_rows_kernel(x, quants, scale, out),
-        "q8_0": lambda: kernels.int8_group_product_kernel(x, quants, scale, out),
-        "q4_0": lambda: kernels.int4_product_kernel(x, quants, scale, None, out),
-        "q4_1": lambda: kernels.int4_product_kernel(x, quants, scale, minimum, out),
+    in_int8: dict[str, Callable[[Tensor], None]] = {
+        "int8": lambda w: kernels.int8_rows_kernel(x, w, scale, out),
+        "q8_0": lambda w: kernels.int8_group_product_kernel(x, w, scale, out),
+        "q4_0": lambda w: kernels.int4_product_kernel(x, w, scale, None, out),
+        "q4_1": lambda w: kernels.int4_product_kernel(x, w, scale, minimum, out),
     }
+    weights = _copies(quants)
 
     def expected() -> Tensor:
         grouped = numbers.reshape(n, -1, k // (scale.numel() // n)) * scale.double().reshape(n, -1, 1)
@@ -243,8 +260,9 @@ def _quantized(kind: str, m: int, n: int, k: int, *, rounded: bool = False) -> C
     name = f"{kind} x int8" if rounded else kind
     return Case(
         group=f"{name} weights M={m}", label=f"linear {name} {m}x{n}x{k}", out=out, goal=1.5,
-        ours=(in_int8 if rounded else ours)[kind],
-        eager=lambda: F.linear(x, dense), expected=expected, floor=_move([quants], None), flops=2.0 * m * n * k,
+        ours=_in_turn((in_int8 if rounded else ours)[kind], weights),
+        eager=_in_turn(lambda w: F.linear(x, w), _copies(dense)), expected=expected,
+        floor=_in_turn(lambda read: read(), [_move([w], None) for w in weights]), flops=2.0 * m * n * k,
         bytes=quants.nbytes + scale.nbytes + (0 if minimum is None else minimum.nbytes))
 
 

@@ -23,6 +23,7 @@ ROW_RUN = 4096  # elements of an innermost parallel dim a block
 _FULL_COLUMNS = 256
 _FUSED_BLOCK = (16384, 1024)  # most rows and columns of products that go chunk by chunk into a store
 _STORED_BLOCK = (384, 512)  # the same where a tile of a block lies in memory
+_FEW_ROWS = 16  # of which a block is narrow: a row of W is then read on before other rows come between
 
 
 def choose(function: Function, dims: Sequence[ParallelDim], target: Target) -> list[Cut | None]:
@@ -62,7 +63,9 @@ def _mma_blocks(rows: Dim, columns: Dim, t: mma.Tiling, most_rows: int, most_col
     """
     most_rows, most_columns = most_rows // t.mr * t.mr, most_columns // t.nr * t.nr
     narrowest = rows.minimum(_FULL_COLUMNS).maximum(2 * t.nr)
-    column_blocks = columns.ceildiv(most_columns).maximum(THREADS.minimum(columns.ceildiv(narrowest)))
+    are_few = (Dim.of(_FEW_ROWS) // rows.maximum(1)).minimum(1)
+    column_blocks = columns.ceildiv(most_columns).maximum(are_few * columns.ceildiv(_FULL_COLUMNS))
+    column_blocks = column_blocks.maximum(THREADS.minimum(columns.ceildiv(narrowest)))
     rounds = column_blocks // THREADS  # none where there are fewer blocks than threads
     column_blocks = column_blocks.maximum((column_blocks.ceildiv(THREADS) * THREADS).minimum(rounds * columns))
     row_blocks = rows.ceildiv(most_rows).maximum(THREADS.ceildiv(column_blocks).minimum(rows.ceildiv(4 * t.mr)))

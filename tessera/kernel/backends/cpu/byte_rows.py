@@ -225,10 +225,13 @@ class _Panel:
                 for row, (total, part) in enumerate(zip(totals, sums))]
 
     def _read_ahead(self, step: Val) -> None:
-        """Ask for the same part of the next panel's rows, a cache line each: some rows in each step that has it."""
-        b, width = self.ctx.b, lanes(self.ctx)
-        turns = max(1, LINE // (self.size * self.p.chunks))
-        row = b.add(b.and_(step, turns - 1), width)
-        place = b.gep(self.rows[0], b.add(b.mul(row, self.pitch), b.mul(step, self.size * self.p.chunks)), I8)
-        for ahead in range(0, width, turns):
-            b.prefetch(b.gep(place, b.mul(self.pitch, ahead), I8), locality=2)
+        """Ask for a part of the next panel, as much as this one takes in a step: in the order of memory, which is a
+        tenth faster than a line of each row, where rows follow each other; else so."""
+        b, width, size = self.ctx.b, lanes(self.ctx), self.size * self.p.chunks
+        turns = max(1, LINE // size)  # steps that share the lines of a place
+        in_order = b.cmp("eq", self.pitch, self._bytes(self.p.k))
+        onward = b.select(in_order, emit.const(width * size, I64), size)
+        row, line = b.select(in_order, 0, self.pitch), b.select(in_order, LINE, b.mul(self.pitch, turns))
+        place = b.add(b.mul(self.pitch, width), b.add(b.mul(step, onward), b.mul(row, b.and_(step, turns - 1))))
+        for number in range(width * max(size, LINE) // (LINE * turns)):
+            b.prefetch(b.gep(self.rows[0], b.add(place, b.mul(line, number)), I8), locality=2)
