@@ -53,6 +53,7 @@ def _activations(d: Draw) -> dict[str, Case]:
 def _rows(d: Draw) -> dict[str, Case]:
     x, out, weight, grad_w = d.rows(D), d.out(D), d.whole(D), d.sum(D)
     wide, parts = d.rows(2, D), Arg(torch.zeros(5, D), None)
+    seen, count = Arg(d.ints(2, 2, D).value.bool(), 0), Arg(d.rows(dtype=F32).value.abs() + 1, 0)
     return {
         "rms_norm_kernel": ([wide, weight, d.out(2, D)], {}),
         "add_rms_norm_kernel": ([wide, d.rows(2, D), weight, d.out(2, D), d.out(2, D)], {}),
@@ -63,6 +64,14 @@ def _rows(d: Draw) -> dict[str, Case]:
         "softmax_backward_kernel": ([x, d.rows(D), out], {}),
         "log_softmax_kernel": ([x, out], {}),
         "log_softmax_backward_kernel": ([x, d.rows(D), out], {}),
+        "masked_mean_kernel": ([wide, seen, d.out(2, dtype=F32), d.out(2, dtype=torch.int32), d.out(),
+                                d.out(dtype=F32)], {}),
+        "masked_mean_backward_kernel": ([d.rows(), seen, count, d.out(2, D)], {}),
+        "masked_mean_columns_kernel": ([wide, seen, None, out, d.out(D, dtype=F32)], {}),
+        "masked_mean_columns_backward_kernel": (
+            [x, seen, None, Arg(x.value.float().abs() + 1, 0), d.out(2, D)], {}),
+        "l2_normalize_kernel": ([x, out], {}),
+        "l2_normalize_backward_kernel": ([x, d.rows(D), out], {}),
     }
 
 
