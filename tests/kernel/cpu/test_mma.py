@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tessera.kernel.backends.cpu import jit, mma, threads
+from tessera.kernel.backends.cpu import entries, jit, mma, threads
 from tessera.kernel.backends.cpu.emit import F32, I8, I16, I64, PTR, VOID, Module, const
 from tessera.kernel.backends.cpu.host import Target, runs_here, target
 from tessera.kernel.backends.cpu.mma_dot import Dot, dot_unit
@@ -70,7 +70,7 @@ def product_module(host: Target, dot: Dot, a_layout: str, w_layout: str, accumul
             width=const(BLOCK_N // 3, I64), c=b.gep(c, b.add(b.mul(i, n), j), F32), ldc=n, accumulate=accumulate)],
             m=b.min(b.sub(m, i), BLOCK_M), n=b.min(b.sub(n, j), BLOCK_N))
     b.ret()
-    threads.emit_launch(module, 1)
+    entries.emit_launch(module, 1)
     return module
 
 

@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-from tessera.kernel.backends.cpu import jit, threads
+from tessera.kernel.backends.cpu import entries, jit, threads
 from tessera.kernel.backends.cpu.emit import I64, PTR, VOID, Module
 from tessera.kernel.backends.cpu.host import target
 
@@ -32,7 +32,7 @@ def _launcher(segments: int, dynamic: tuple[int, ...], symbols: dict[str, int]) 
     module = Module()
     for k in range(segments):
         _add_segment(module, k)
-    threads.emit_launch(module, segments, dynamic=dynamic)
+    entries.emit_launch(module, segments, dynamic=dynamic)
     library = jit.load_object(jit.compile_to_object(module.text(), target()), target(), symbols)
     return library, threads.entry(library)
 

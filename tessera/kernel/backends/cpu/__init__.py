@@ -48,13 +48,13 @@ class Compiled:
         """The LLVM text that the code was made from."""
         # Imported here: what comes from the disk cache needs none of the generator, whose import takes longer than
         # all else that a first launch does.
-        from tessera.kernel.backends.cpu import blocks
+        from tessera.kernel.backends.cpu import blocks, entries
         from tessera.kernel.backends.cpu.lower import lower, uneven_segments
         from tessera.kernel.passes import prepare
 
         function = prepare(self._function, lambda f, dims: blocks.choose(f, dims, self._host))
         module, segments = lower(function, self._host)
-        openmp.emit_launch(module, segments, dynamic=uneven_segments(function))
+        entries.emit_launch(module, segments, dynamic=uneven_segments(function))
         return module.text()
 
     def pack(self, args: Sequence[Any], sizes: Sequence[int], threads: int) -> bytes:
@@ -64,8 +64,8 @@ class Compiled:
             kind = type(arg)
             if kind is torch.Tensor or isinstance(arg, torch.Tensor):
                 if kind is FakeTensor:  # its address is nowhere
-                    raise LaunchError(f"{self._function.name}: a FakeTensor given, which has no memory; expected tensors "
-                                      "with values")
+                    raise LaunchError(f"{self._function.name}: a FakeTensor given, which has no memory; expected "
+                                      "tensors with values")
                 slots.append(arg.data_ptr())
                 slots += arg.stride()
             else:

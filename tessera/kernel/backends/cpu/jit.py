@@ -23,7 +23,6 @@ import llvmlite.binding as llvm
 
 from tessera import env
 from tessera.errors import CompileError, UnsupportedError
-from tessera.kernel.backends.cpu import halves
 from tessera.kernel.backends.cpu.host import Target, runs_here
 
 _lock = threading.RLock()
@@ -58,6 +57,9 @@ def compile_to_object(ir_text: str, target: Target) -> bytes:
     Raises:
         CompileError: the text is not valid LLVM assembly (a defect of the generator).
     """
+    # Imported here: what comes from the disk cache does not need it.
+    from tessera.kernel.backends.cpu import halves
+
     with _lock:
         machine = _machine(target)
         module = _optimized(ir_text, machine)

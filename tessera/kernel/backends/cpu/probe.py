@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from tessera.kernel.backends.cpu import jit, threads
+from tessera.kernel.backends.cpu import entries, jit, threads
 from tessera.kernel.backends.cpu.emit import F32, I64, PTR, VOID, Module, vec
 from tessera.kernel.backends.cpu.host import target
 
@@ -60,5 +60,5 @@ def _loop_text() -> str:
         for k, chain in enumerate(loop.results):
             b.store(chain, b.gep(out, k * lanes, F32))
     b.ret()
-    threads.emit_launch(module, 1)
+    entries.emit_launch(module, 1)
     return module.text()

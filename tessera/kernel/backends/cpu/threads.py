@@ -1,8 +1,8 @@
-"""Parallel entry points on the OpenMP runtime that torch has already loaded.
+"""The OpenMP runtime that torch has already loaded, as kernels call it.
 
-In: a module with, for each segment k of a kernel, `items_k(args) -> i64` and `body_k(args, begin, end)`.
-Out: one more function, `launch(args, threads)`, that runs all segments in one parallel region, with a barrier
-between one segment and the next. It is called from Python through ctypes (`entry`), which lets go of the GIL.
+In: a kernel's machine code, whose `launch` (`entries.py`) runs on a team of threads. Out: the addresses of the
+functions that start and join the team, for `jit.load_object`, and `launch` as a Python callable, through ctypes, which
+lets go of the GIL.
 
 Sharing torch's runtime means sharing its threads: two pools would fight for the cores. Where no such runtime is
 found, the same code runs on the calling thread.
@@ -13,90 +13,22 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from tessera.kernel.backends.cpu import jit
-from tessera.kernel.backends.cpu.emit import I32, I64, PTR, VOID, Builder, Callee, Function, Module, Val, const
 from tessera.kernel.backends.cpu.host import target
 
-_PARALLEL, _BARRIER = "tessera_parallel", "tessera_barrier"
-_THREAD, _THREADS = "tessera_thread_num", "tessera_num_threads"
-_GOMP = {_PARALLEL: "GOMP_parallel", _BARRIER: "GOMP_barrier",
-         _THREAD: "omp_get_thread_num", _THREADS: "omp_get_num_threads"}
-_LINE = 64  # bytes; each shared counter has a cache line of its own
-CHUNKS_PER_THREAD = 8
+PARALLEL, BARRIER = "tessera_parallel", "tessera_barrier"
+THREAD, THREADS = "tessera_thread_num", "tessera_num_threads"
+_GOMP = {PARALLEL: "GOMP_parallel", BARRIER: "GOMP_barrier",
+         THREAD: "omp_get_thread_num", THREADS: "omp_get_num_threads"}
 MIN_WORK = 32768  # elements: about what one thread does while a team starts
 
 Entry = Callable[[bytes, int], None]
-
-
-def emit_launch(module: Module, segments: int, *, dynamic: Sequence[int] = (), name: str = "launch") -> None:
-    """Add `name(ptr args, i64 threads)`, which runs segments 0 .. segments - 1 in order, and `segments() -> i64`.
-
-    Args:
-        segments: how many `items_k`, `body_k` pairs the module has. If it also has `work(args) -> i64`, an estimate
-            of the elements to be computed, a launch of less than MIN_WORK stays on the calling thread.
-        dynamic: the segments whose items differ in cost: threads take chunks from a shared counter. The others are
-            cut into one contiguous share a thread, the same one at every launch. Which thread computes an item
-            never changes its value.
-    """
-    count = module.function("segments", I64, [])
-    count.builder.ret(const(segments, I64))
-    function = module.function(name, VOID, [("args", PTR), ("threads", I64)])
-    b, (args, threads) = function.builder, function.args
-    if "work" in module.functions:
-        threads = b.select(b.cmp("lt", b.call(module.functions["work"], args), MIN_WORK), 1, threads)
-    if segments == 1:
-        threads = b.min(threads, b.call(module.functions["items_0"], args))
-    with b.if_(b.cmp("le", threads, 1)) as branch:
-        for k in range(segments):
-            b.call(module.functions[f"body_{k}"], args, 0, b.call(module.functions[f"items_{k}"], args))
-    with branch.else_():
-        region = _emit_region(module, segments, frozenset(dynamic), f"{name}_region")
-        shared = b.alloca(f"[{_LINE * (1 + segments)} x i8]")
-        b.store(args, shared)
-        for k in dynamic:
-            b.store(const(0, I64), _counter(b, shared, k))
-        parallel = module.declare(_PARALLEL, VOID, [PTR, PTR, I32, I32])
-        b.call(parallel, region.pointer, shared, b.cast("trunc", threads, I32), 0)
-    b.ret()
-
-
-def _emit_region(module: Module, segments: int, dynamic: frozenset[int], name: str) -> Function:
-    """What each thread of the team runs."""
-    function = module.function(name, VOID, [("shared", PTR)], internal=True)
-    b, shared = function.builder, function.args[0]
-    args = b.load(shared, PTR)
-    thread, threads = (b.cast("sext", b.call(module.declare(symbol, I32, [])), I64) for symbol in (_THREAD, _THREADS))
-    for k in range(segments):
-        items = b.call(module.functions[f"items_{k}"], args)
-        body = module.functions[f"body_{k}"]
-        if k in dynamic:
-            _dynamic_share(b, body, args, items, threads, _counter(b, shared, k))
-        else:
-            begin = b.div(b.mul(items, thread), threads)
-            end = b.div(b.mul(items, b.add(thread, 1)), threads)
-            with b.if_(b.cmp("lt", begin, end)):
-                b.call(body, args, begin, end)
-        if k + 1 < segments:
-            b.call(module.declare(_BARRIER, VOID, []))
-    b.ret()
-    return function
-
-
-def _dynamic_share(b: Builder, body: Callee, args: Val, items: Val, threads: Val, counter: Val) -> None:
-    chunk = b.max(b.div(items, b.mul(threads, CHUNKS_PER_THREAD)), 1)
-    with b.for_(b.atomic_add(counter, chunk), items) as loop:
-        b.call(body, args, loop.i, b.min(b.add(loop.i, chunk), items))
-        loop.next_i = b.atomic_add(counter, chunk)
-
-
-def _counter(b: Builder, shared: Val, segment: int) -> Val:
-    return b.gep(shared, _LINE * (1 + segment), "i8")
 
 
 def entry(library: jit.Library, name: str = "launch") -> Entry:
@@ -139,12 +71,15 @@ _serial_library: list[jit.Library] = []
 
 def _serial_runtime() -> dict[str, int]:
     """The same four functions for a team of one."""
+    # Imported here: what comes from the disk cache needs no generator on other machines.
+    from tessera.kernel.backends.cpu.emit import I32, PTR, VOID, Module, const
+
     module = Module()
-    parallel = module.function(_PARALLEL, VOID, [("region", PTR), ("shared", PTR), ("threads", I32), ("flags", I32)])
+    parallel = module.function(PARALLEL, VOID, [("region", PTR), ("shared", PTR), ("threads", I32), ("flags", I32)])
     parallel.builder.call_pointer(parallel.args[0], VOID, parallel.args[1])
     parallel.builder.ret()
-    module.function(_BARRIER, VOID, []).builder.ret()
-    for name, value in ((_THREAD, 0), (_THREADS, 1)):
+    module.function(BARRIER, VOID, []).builder.ret()
+    for name, value in ((THREAD, 0), (THREADS, 1)):
         function = module.function(name, I32, [])
         function.builder.ret(const(value, I32))
     library = jit.load_object(jit.compile_to_object(module.text(), target("generic")), target("generic"))
