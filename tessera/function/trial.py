@@ -45,6 +45,7 @@ _PRIMES = (5, 7, 11, 19, 29, 59, 79, 137, 163, 199, 227, 313, 389, 487, 599, 701
 _MOST_CHOICES = 64  # of dtypes, and of sizes
 _ABOUT_DTYPES = re.compile(
     r"scalar type|dtype|indices|Long|not implemented for|floating point|integer|Float|Double|Bool", re.IGNORECASE)
+_TYPE_ASKED_FOR = re.compile(r" is torch\.\w+; expected (one of )?torch\.")
 _ABOUT_FACTORS = re.compile(r"shape '?\[|invalid for input of size|divisible|divide|split|chunk", re.IGNORECASE)
 
 
@@ -203,7 +204,9 @@ def _dtype_choices(signature: Signature) -> Iterator[Mapping[int, torch.dtype]]:
 
 
 def _is_about_dtypes(failure: Failure) -> bool:
-    return not isinstance(failure.error, ShapeError) and bool(_ABOUT_DTYPES.search(str(failure.error)))
+    # A ShapeError speaks of sizes, but for a type that another checked function asks for.
+    pattern = _TYPE_ASKED_FOR if isinstance(failure.error, ShapeError) else _ABOUT_DTYPES
+    return bool(pattern.search(str(failure.error)))
 
 
 def _other_sizes(signature: Signature, failure: Failure, divides: bool, file: str) -> Iterator[Sizes]:

@@ -17,6 +17,7 @@ from tessera.function.decorator import function
 from tessera.ops.attention_scores import AnyMask, Scores, check_scores, dropout_seed, plain_attention
 from tessera.ops.attention_tiles import Grads, tile_attention, tile_gradients
 from tessera.ops.chunked_attention import in_chunks, sink_gradient
+from tessera.ops.decode_attention import decode_attention_op
 from tessera.ops.registration import Operation
 from tessera.types import Tensor, dtype_of, one_float
 
@@ -43,7 +44,8 @@ def flash_attention(
         block_d: D, since a block takes heads whole.
         precision: dtype that q, k and v are brought to first, such as "bf16"; None: as they are.
         accumulate: of sums; "f32" (or "fp32") is what there is.
-        cache: a KVCache: k and v are appended to it, and all that it then holds are the keys; causal.
+        cache: a KVCache: k and v are appended to it, and all that it then holds are the keys; causal. In a function
+            of `ts.graph.capture` a StepCache, which takes one token a row to a place that is read at each replay.
         layer: of the cache.
 
     Returns:
@@ -63,6 +65,11 @@ def flash_attention(
     if cache is not None:
         k_BKND, v_BKND = cache.update(layer, k_BKND, v_BKND)
         is_causal = True
+        if hasattr(cache, "mask"):  # the place of its one token is read when the step runs
+            seen, factor = cache.mask(window), q_BHSD.shape[-1]**-0.5 if scale is None else scale
+            out_BHD: Tensor = decode_attention_op(
+                q_BHSD[:, :, 0], k_BKND, v_BKND, seen.valid, seen.place, seen.last, sinks, factor, softcap)
+            return out_BHD[:, :, None].to(dtype)
     scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
                     softcap=softcap, dropout_p=dropout_p, seed=dropout_seed(dropout_p, seed))
     check_scores(scores, k_BKND.shape[1])

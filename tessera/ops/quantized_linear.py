@@ -74,7 +74,7 @@ def int8_linear(
 @function
 def quantized_matmul(
     x: Tensor["...", "K"], weight: Tensor["K", "N"], *, input_scale: float = 1.0,
-    weight_scale: Tensor["N"] | Tensor[1] | Tensor[()] | float = 1.0,
+    weight_scale: Tensor["N"] | Tensor[1] | Tensor[()] | float | int = 1.0,
     output_dtype: DType | torch.dtype | str = torch.float32, output_scale: float = 1.0,
 ) -> Tensor["...", "N"]:
     """(x * input_scale) @ (weight * weight_scale) / output_scale, sums in f32, rounded once; for inference.
