@@ -210,7 +210,8 @@ def _annotation(cls: type[Annotation], items: Any) -> Annotation:
             dims, dtype = items[:-1], dtype_of(last)
     for dim in dims:
         if not isinstance(dim, (str, int)) or isinstance(dim, bool):
-            raise InputError(f"{cls.__name__}[...]: dim {dim!r} given; expected a name, an expression or an int")
+            name = cls.__name__.removesuffix("Type")
+            raise InputError(f"{name}[...]: dim {dim!r} given; expected a name, an expression or an int")
     return cls(tuple(dims), dtype)
 
 

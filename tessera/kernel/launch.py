@@ -238,8 +238,9 @@ class Kernel:
         given = {**dict(zip((p.name for p in self.parameters), args)), **kwargs}
         unknown = set(given) - {p.name for p in self.parameters}
         if unknown or len(args) > len(self.parameters):
-            raise LaunchError(f"kernel {self.name}: {', '.join(sorted(unknown)) or 'too many'} given; "
-                              f"expected {', '.join(p.name for p in self.parameters)}")
+            what = f"no parameter is called {', '.join(map(repr, sorted(unknown)))}" if unknown else \
+                f"{len(args)} arguments given"
+            raise LaunchError(f"kernel {self.name}: {what}; expected {', '.join(p.name for p in self.parameters)}")
         values = []
         for p in self.parameters:
             value = given.get(p.name, None if p.optional and p.default is None else EMPTY)

@@ -278,7 +278,7 @@ def test_results_in_containers() -> None:
 @pytest.mark.parametrize("text, problem", [
     ('x: Tensor["B", "C ~ 3"]', "annotation of 'x': dim: 'C ~ 3' is not a size"),
     ('x: Tensor["...", "B", "..."]', '"..." can stand once'),
-    ('x: Tensor["B", 1.5]', "cannot be evaluated: TensorType[...]: dim 1.5"),
+    ('x: Tensor["B", 1.5]', "cannot be evaluated: Tensor[...]: dim 1.5"),
     ('x: Tensor["B", missing]', "annotation of 'x': Tensor['B', missing] cannot be evaluated: name 'missing'"),
     ('x: ts.Tile["B"]', "Tile[...] describes a kernel's parameter"),
     ('x: list[Callable[[Tensor["B"]], None]]', "can stand in tuples, lists, dict values and unions"),
