@@ -2,10 +2,12 @@
 
 import ast
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from tessera.errors import UnsupportedError
 from tessera.kernel.backends import cuda
@@ -146,3 +148,34 @@ def test_attention_takes_blocks_that_fit_the_tensor_cores():
     assert source.count("tl.dot(") == 2 and "tl.full((128,)" in source
     function = flash_attention_kernel.trace(q=bf16, k=bf16, v=bf16, out=bf16, causal=True)
     assert function.schedule["mixed_dot"] == "bf16"
+
+
+def attention_gradient(name: str, dtype):
+    """(kernel, the dtypes of its arguments)."""
+    from tessera.ops.kernels import flash_attention_backward
+
+    written = {"q": ("out", "grad_q"), "kv": ("grad_k", "grad_v")}[name]
+    arguments = dict.fromkeys(("grad", "q", "k", "v", *written), dtype)
+    return getattr(flash_attention_backward, f"flash_attention_grad_{name}_kernel"), {**arguments, "causal": True}
+
+
+@pytest.mark.parametrize(("name", "dots"), [("q", 3), ("kv", 4)])
+def test_gradients_of_attention_multiply_what_they_computed_as_it_lies(name, dots):
+    """One tl.dot a product, in bf16 or three of tf32; no weight is transposed through shared memory."""
+    kernel, arguments = attention_gradient(name, bf16)
+    source = kernel.source("cuda", **arguments)
+    assert source.count("tl.dot(") == dots and "tl.trans(weights" not in source and "tl.trans(slopes" not in source
+    kernel, arguments = attention_gradient(name, f32)
+    assert kernel.source("cuda", **arguments).count('input_precision="tf32x3"') == dots
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["q", "kv"])
+def test_gradients_of_attention_stay_in_registers(name, tmp_path):
+    kernel, arguments = attention_gradient(name, bf16)
+    function = kernel.trace_for("cuda", (), arguments)
+    (code,) = cuda.compile_to_cubin(function, {n: {"D": 64, "H": 8, "H_kv": 8}.get(n, 1024) for n in function.sizes})
+    (tmp_path / "code.cubin").write_bytes(code)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", tmp_path / "code.cubin"], capture_output=True, text=True, check=True)
+    assert "STACK:0 " in usage.stdout
