@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from ops_case import DTYPES, OpCase, leaf, make
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tessera import nn, ops
 
@@ -47,6 +48,8 @@ def _mlps(rows: int, width: int, inner: int, dtype: torch.dtype) -> Iterator[tup
 
     yield "fused_mlp", [x, gate, up, down], ops.swiglu, mlp
     yield "swiglu_chunked", [x, gate, up, down], ops.swiglu_memory_efficient, mlp
+    yield ("swiglu_recomputed", [x, gate, up, down], ops.swiglu_memory_efficient,  # beside torch's own recomputation
+           lambda *args: checkpoint(mlp, *args, use_reentrant=False))
 
 
 def _layer(quick: bool, dtype: torch.dtype) -> tuple:

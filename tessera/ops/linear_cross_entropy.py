@@ -36,7 +36,8 @@ from tessera.types import Tensor, floating, integer
 
 _CHUNK = 1 << 21  # logits in a chunk: 8 MiB of f32
 _BLOCK = 4096  # classes in a block, where the vocabulary comes in blocks
-_MIN_ROWS, _MAX_ROWS = 64, 512  # below, products are bound by the reading of the weight; above, nothing is won
+_MIN_ROWS, _MAX_ROWS = 96, 512  # below, products are bound by the weight and its gradient; above, nothing is won
+_FEW_ROWS = 128  # of all: a chunk of fewer would be most of the logits
 
 
 @function
@@ -141,7 +142,7 @@ def _sum_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(share * sum of the losses, and its gradients to hidden [N, D] and weight [V, D])."""
     (n, _width), n_classes = hidden_ND.shape, len(weight_VD)
-    if 0 < n < 2 * _MIN_ROWS and n * n_classes > _CHUNK:  # a chunk of rows would be all of the logits
+    if 0 < n < _FEW_ROWS and n * n_classes > _CHUNK:
         losses_N, top_N, spread_N = _rows_kernel(hidden_ND, weight_VD, targets_N, ignore_index, smoothing, z_loss)
         return losses_N.sum(dtype=losses_N.dtype) * share, *_rows_backward_kernel(
             share.expand(n), hidden_ND, weight_VD, targets_N, top_N, spread_N, ignore_index, smoothing, z_loss,

@@ -166,10 +166,9 @@ def swiglu_memory_efficient(
     if chunk_size < 1:
         raise InputError(f"chunk_size: {chunk_size} given; expected at least 1")
     out = torch.zeros(x.shape, dtype=widen(x[..., :0]).dtype, device=x.device)
-    for start in range(0, w_gate.shape[1], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        out = out + checkpoint(
-            swiglu, x, w_gate[:, chunk], w_up[:, chunk], w_down[chunk], beta=beta, use_reentrant=False)
+    # split: a slice's gradient would be as large as the weight.
+    for weights in zip(w_gate.split(chunk_size, 1), w_up.split(chunk_size, 1), w_down.split(chunk_size)):
+        out = out + checkpoint(swiglu, x, *weights, beta=beta, use_reentrant=False)
     return out.to(x.dtype)
 
 
