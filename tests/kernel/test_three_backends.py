@@ -190,3 +190,37 @@ def counts_in(dtype):
             tile.atomic_add(o[r % 7], tile.cast(w[r], o.dtype))
 
     return counts
+
+
+def sorts_in(dtype):
+    """A kernel that sorts rows and columns of a dtype."""
+    @ts.kernel
+    def sorts(x: Tile["A", "C", dtype], rows: Tile["A", "C", dtype], order: Tile["A", "C", int32],
+              columns: Tile["A", "C", dtype], top: Tile["A", 3, dtype]):
+        rows[:], order[:] = tile.sort(x)
+        columns[:] = tile.sort(x, axis=0, descending=True)[0]
+        top[:] = tile.topk(x, 3)[0]
+
+    return sorts
+
+
+@pytest.mark.parametrize("dtype", [f64, int64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_of_64_bits_are_sorted_by_all_of_them(backend, dtype):
+    x = torch.randint(-2**62, 2**62, (4, 11), generator=torch.Generator().manual_seed(5))
+    if dtype == f64:
+        x = x.double() / 2.0**60
+        x[0, 3], x[1, 2], x[1, 5] = float("nan"), float("inf"), -float("inf")
+        x[3, 1], x[3, 4] = 1.0 + 2**-50, 1.0
+    else:
+        x[0, 0], x[0, 1] = 2**63 - 1, -2**63
+        x[3] = x[3] % 3
+    x[2] = x[1]
+    rows, columns, top = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x[:, :3])
+    order = torch.empty(4, 11, dtype=torch.int32)
+    launch(sorts_in(dtype), backend, x, rows, order, columns, top)
+    expected, expected_order = x.sort(stable=True)
+    assert torch.equal(order.long(), expected_order)
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(top, x.sort(descending=True).values[:, :3], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(columns, x.sort(dim=0, descending=True).values, rtol=0, atol=0, equal_nan=True)

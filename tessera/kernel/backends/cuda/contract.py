@@ -219,10 +219,11 @@ def scan(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index])
 
 
 def sort(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index]) -> Val:
-    """Stable sort through 64-bit keys: the value's order-preserving bits above its position."""
+    """Stable sort through 64-bit keys: the value's order-preserving bits above its position.
+
+    Of values of 64 bits the keys are sorted by their low halves, then by their high ones.
+    """
     source = op.operands[0]
-    if source.type.dtype.bits > 32:
-        raise emitter.unsupported(op, f"{source.type.dtype} cannot be sorted; expected 32 bits or fewer")
     kind = "float" if source.type.dtype.is_float else "int"
 
     def build(own: list[Index], axes: tuple[Axis, ...]) -> list[Val]:
@@ -230,15 +231,24 @@ def sort(emitter: Emitter, op: ir.Op, value: ir.Value, indices: Sequence[Index])
         rows = (*(a for a in axes if a is not axis), axis)  # tl.sort sorts the last dim
         x = emitter.emit(source, own)
         depth = max(x.depth, depth_of(own))
-        emitter.helpers |= {f"{kind}_key", f"{kind}_of_key"}
+        is_wide = source.type.dtype.bits > 32
+        prefix = "wide_" if is_wide else ""
+        emitter.helpers |= {f"{prefix}{kind}_key", f"{prefix}{kind}_of_key"}
         descending = bool(op.attrs["descending"])
         positions = emitter.spread(Val(axis.offsets, (axis,)), rows)
-        text = f"{kind}_key({emitter.filled(x, rows)}, {descending}) << 32 | {positions}"
+        text = f"{prefix}{kind}_key({emitter.filled(x, rows)}, {descending})"
+        text += "" if is_wide else f" << 32 | {positions}"
         keys = emitter.assign("key", text, rows, depth, op.loc)
         mask = emitter.mask(axis, source.type.extent(op.attrs["axis"]))
         if mask is not None:
             text = f"tl.where({emitter.spread(mask, rows)}, {keys.text}, {INT_RANGE[64]})"
             keys = emitter.assign("key", text, rows, max(depth, mask.depth))
+        if is_wide:
+            emitter.helpers.add("wide_order")
+            text = f"wide_order({keys.text}, {positions}, {len(rows) - 1})"
+            places = emitter.assign(op.results[1].hint or "order", text, rows, keys.depth)
+            text = f"wide_{kind}_of_key(tl.gather({keys.text}, {places.text}, axis={len(rows) - 1}), {descending})"
+            return [emitter.assign(op.results[0].hint or "values", text, rows, keys.depth), places]
         ordered = emitter.assign("sorted", f"tl.sort({keys.text})", rows, keys.depth)
         type_ = TRITON_TYPE[source.type.dtype.name]
         values = f"{kind}_of_key({ordered.text}, {descending}).to({type_})"

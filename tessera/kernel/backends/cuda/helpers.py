@@ -130,6 +130,38 @@ def int_of_key(key, descending: tl.constexpr):
     high = key >> 32
     return -1 - high if descending else high
 """,
+    # The same of 64 bits, where no position fits beside the value.
+    "wide_float_key": """
+@triton.jit
+def wide_float_key(x, descending: tl.constexpr):
+    bits = (x + 0.0).to(tl.int64, bitcast=True)
+    key = tl.where(x != x, 0x7FFFFFFFFFFFFFFF, bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF))
+    return -1 - key if descending else key
+""",
+    "wide_float_of_key": """
+@triton.jit
+def wide_float_of_key(key, descending: tl.constexpr):
+    bits = -1 - key if descending else key
+    return (bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+""",
+    "wide_int_key": """
+@triton.jit
+def wide_int_key(x, descending: tl.constexpr):
+    return -1 - x if descending else x
+""",
+    "wide_int_of_key": """
+@triton.jit
+def wide_int_of_key(key, descending: tl.constexpr):
+    return -1 - key if descending else key
+""",
+    "wide_order": """
+@triton.jit
+def wide_order(key, positions, axis: tl.constexpr):
+    low = tl.sort((((key & 0xFFFFFFFF) - 0x80000000) << 32) | positions)
+    order = (low & 0xFFFFFFFF).to(tl.int32)
+    high = tl.sort((tl.gather(key >> 32, order, axis=axis) << 32) | positions)
+    return tl.gather(order, (high & 0xFFFFFFFF).to(tl.int32), axis=axis)
+""",
 }
 
 
