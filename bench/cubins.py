@@ -15,18 +15,17 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
-import triton
 from common import print_table
 
 from tessera import Kernel, bf16, f16, f32, int8, int64
 from tessera.kernel.backends import cuda
 from tessera.types import DType
 
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOL = "backends/nvidia/bin/cuobjdump"  # in Triton's package
 LARGEST_SHARED = 227 << 10
 SIZES = {"B": 4, "S": 1024, "T": 1024, "N": 4096, "M": 4096, "K": 4096, "D": 4096, "F": 8192, "H": 32, "H_kv": 8,
          "V": 131072, "C": 8192, "R": 64, "E": 0, "G": 4, "P": 64, "PAGES": 4096, "PAGE": 16, "ONE": 1, "K/32": 128,
@@ -86,10 +85,11 @@ def kernels(d: DType) -> Iterator[Line]:
 
 def facts(code: bytes, shared: int) -> dict[str, Any]:
     """Registers, spills and instructions of a cubin; `shared` is what a launch asks for."""
+    tool = Path(import_module("triton").__file__ or "").parent / TOOL
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        usage, listing = (subprocess.run([TOOL, option, file.name], capture_output=True, text=True, check=True).stdout
+        usage, listing = (subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
                           for option in ("-res-usage", "-sass"))
     operations = _OPERATION.findall(listing)
     kinds = Counter(operation.partition(".")[0] for operation in operations)
@@ -133,6 +133,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose label has this text")
     parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16")
     arguments = parser.parse_args()
+    if util.find_spec("triton") is None:
+        print("Triton is not installed: nothing to compile with")
+        return
     table = []
     for line in kernels({"bf16": bf16, "f32": f32}[arguments.dtype]):
         if arguments.only in line[0]:
