@@ -209,7 +209,7 @@ def _l2_normalize_backward_reference(grad_ND: Tensor, x_ND: Tensor, eps: float) 
     length_N1 = scaled_ND.square().sum(-1, keepdim=True)
     inverse_N1 = length_N1.clamp(min=1.0).rsqrt()
     unit_ND = scaled_ND * inverse_N1
-    along_N1 = torch.where(length_N1 > 1.0, (grad_ND * unit_ND).sum(-1, keepdim=True), 0.0)
+    along_N1 = torch.where(length_N1 >= 1.0, (grad_ND * unit_ND).sum(-1, keepdim=True), 0.0)
     return ((grad_ND - unit_ND * along_N1) * (inverse_N1 / scale_N1)).to(x_ND.dtype)
 
 

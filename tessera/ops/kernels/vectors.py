@@ -117,5 +117,5 @@ def l2_normalize_backward_kernel(grad: Tile["N", "D"], x: Tile["N", "D"], out: T
         part, scale, square = _parts(tile.cast(tile.load(x[index]), f32), eps)
         inverse = tile.rsqrt(tile.maximum(square, 1.0))
         unit, slope = part * inverse, tile.cast(tile.load(grad[index]), f32)
-        along = tile.where(square > 1.0, tile.reduce_sum(slope * unit), 0.0)
+        along = tile.where(square >= 1.0, tile.reduce_sum(slope * unit), 0.0)
         tile.store(out[index], (slope - unit * along) * (inverse / scale))
