@@ -56,6 +56,14 @@ def test_each_function_is_defined_once_and_declared_once():
                       if f"@{name}(" in line and line.startswith("de")) == ["declare", "define"]
 
 
+def test_without_a_second_handle_of_the_library_one_thread_does_it(monkeypatch):
+    monkeypatch.setattr(halves, "LARGE", 0)
+    monkeypatch.setattr(halves, "_library", lambda: None)
+    data = jit.compile_to_object(chain(3), target())
+    assert int.from_bytes(data[:8], "little") == 1
+    run(data)
+
+
 def test_a_variable_stays_in_one_object(monkeypatch):
     monkeypatch.setattr(halves, "LARGE", 0)
     data = jit.compile_to_object(chain(3, counted=True), target())

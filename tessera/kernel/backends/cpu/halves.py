@@ -27,7 +27,7 @@ _OBJECT = 1  # what LLVM is asked for, as llvmlite's emit_object does
 def emit(module: llvm.ModuleRef, machines: tuple[llvm.TargetMachine, llvm.TargetMachine]) -> list[bytes]:
     """The module's objects: two, or one where it has variables, which can lie in one object only."""
     text = str(module)
-    if " internal global " in text:
+    if " internal global " in text or _library() is None:
         return [machines[0].emit_object(module)]
     modules = [llvm.parse_assembly(half, context=llvm.create_context()) for half in split(text)]
     with ThreadPoolExecutor(1) as pool:
@@ -51,6 +51,7 @@ def split(text: str) -> tuple[str, str]:
 
 def _emit(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> bytes:
     library, error = _library(), ctypes.c_char_p()
+    assert library is not None
     buffer = library.LLVMPY_TargetMachineEmitToMemory(machine, module, _OBJECT, ctypes.byref(error))
     if not buffer:
         raise CompileError(f"LLVM cannot emit an object: {(error.value or b'').decode()}")
@@ -61,9 +62,12 @@ def _emit(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> bytes:
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """llvmlite's library, without the lock around its functions."""
-    library = ctypes.CDLL(ffi.lib._name)
+def _library() -> ctypes.CDLL | None:
+    """llvmlite's library, without the lock around its functions; None for a version that keeps it elsewhere."""
+    try:
+        library = ctypes.CDLL(ffi.lib._name)
+    except (AttributeError, OSError):
+        return None
     pointer = ctypes.c_void_p
     for name, result, arguments in (
             ("LLVMPY_TargetMachineEmitToMemory", pointer,
