@@ -95,7 +95,9 @@ def _check_effects(function: Function, source: Source) -> None:
     names = {p.name for p in function.params if p.is_view}
     notes = []
     for node in ast.walk(source.tree):
-        for target in node.targets if isinstance(node, ast.Assign) else ():
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
             if isinstance(target, ast.Name) and target.id in names and not _reads(node.value, target.id):
                 loc = source.location(node)
                 notes.append(f"line {loc.line} gives the name {target.id!r} another value: {loc.text.strip()}; "
