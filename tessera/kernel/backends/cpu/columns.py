@@ -167,15 +167,18 @@ def _rows(ctx: Context, memory: Memory, indices: Sequence[Val], run: int, axis: 
 
 
 def _read_ahead(ctx: Context, memory: Memory, rows: Sequence[Val], at: Step, start: Val, stride: Val) -> None:
-    """Ask for the same part of the rows that come next: one cache line each, though a block may be shorter."""
-    b = ctx.b
-    turns = min(len(rows), max(1, LINE * 8 // (at.factor * memory.dtype.bits)))
-    distance = b.mul(stride, ctx.rows_ahead)
-    if turns > 1:  # as many blocks share a line: each asks for some of the rows
-        distance = b.add(distance, b.mul(stride, b.and_(at.root, turns - 1)))
-    place = _behind(b, _behind(b, rows[0], start, memory), distance, memory)
-    for row in range(0, len(rows), turns):
-        b.prefetch(_behind(b, place, b.mul(stride, row), memory), locality=2)
+    """Ask for a part of the rows that come next: a line of each, or, of whole rows that follow each other, as many
+    lines in the order of memory, which is a third faster for 8 and 16 bits. Blocks that share a line each ask for some.
+    """
+    b, bits, count = ctx.b, memory.dtype.bits, len(rows)
+    turns = min(count, max(1, LINE * 8 // (at.factor * bits)))
+    in_order = b.cmp("eq", stride, ctx.run_along if bits < 32 else -1)
+    row, line = b.select(in_order, 0, stride), b.select(in_order, LINE * 8 // bits, b.mul(stride, turns))
+    place = b.add(b.mul(stride, ctx.rows_ahead), b.mul(start, b.select(in_order, emit.const(count, I64), 1)))
+    if turns > 1:
+        place = b.add(place, b.mul(row, b.and_(at.root, turns - 1)))
+    for number in range(count // turns):
+        b.prefetch(_behind(b, rows[0], b.add(place, b.mul(line, number)), memory), locality=2)
 
 
 def _units(ctx: Context, memory: Memory, rows: Sequence[Val], start: Val) -> list[Val]:

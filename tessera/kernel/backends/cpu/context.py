@@ -75,6 +75,7 @@ class Context:
         self.sizes: dict[str, Val] = {}
         self.materialize: set[str] = set()
         self.rows_ahead = 0  # how far ahead loads across rows ask for memory
+        self.run_along = emit.const(0, I64)  # of how many elements of a row, before the loads go on to other rows
         self.joined: set[str] = set()  # concatenations that their store computes
         self.fused: dict[Op, list[Op]] = {}  # stores that compute products themselves, and these products
         self.together: dict[Op, list[Op]] = {}  # stores that run in one loop, by the last of them
@@ -237,9 +238,9 @@ class Context:
             self._known.pop()
 
     @contextmanager
-    def reading_ahead(self, rows: int) -> Iterator[None]:
-        """Loads across rows also ask for the memory of the rows that come so many rows later."""
-        self.rows_ahead = rows
+    def reading_ahead(self, rows: int, along: Val) -> Iterator[None]:
+        """Loads across rows, of which they take so many elements, also ask for what comes so many rows later."""
+        self.rows_ahead, self.run_along = rows, along
         try:
             yield
         finally:

@@ -154,7 +154,7 @@ class _Grouped:
 
     def _prepare(self, column: Val, mask: Val) -> None:
         """Transpose what is read across rows."""
-        with self.ctx.reading_ahead(byte_rows.lanes(self.ctx)):
+        with self.ctx.reading_ahead(byte_rows.lanes(self.ctx), self.ctx.size(self.groups)):
             for found in self.columns:
                 at = self._at(found, ANY, column, mask)
                 find_rows(self.ctx, found.memory, at.indices, at.axis or 0, at.lanes, mask)

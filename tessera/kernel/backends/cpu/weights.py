@@ -89,7 +89,7 @@ class Weights:
         """
         ctx, b, width, pack = self._ctx, self._ctx.b, lanes(self._ctx), self._dot.pack
         mask = b.lane_mask(b.cast("trunc", b.min(left, width), I32), width)
-        with ctx.scope(), ctx.reading_ahead(width):
+        with ctx.scope(), ctx.reading_ahead(width, depth):
             self.find(column, mask)
             whole = b.udiv(depth, self.block)
             with b.for_(0, whole) as loop, ctx.scope():
