@@ -6,7 +6,7 @@
 without one are then timed in turns, best of all rounds; with --threads 1 the processor's time counts, so that a busy
 machine disturbs little. "default" is the time of the best over that of the default:
 1.00 where nothing was to be gained, 0.90 where the search found a tenth; the goal is 0.9 for every case. Results are
-checked against float64 first, and all schedules must give the same bits.
+checked against float64 first, untuned and tuned.
 """
 
 from __future__ import annotations
@@ -94,22 +94,27 @@ def _of_rows(name: str, dtype: torch.dtype, rows: int, width: int) -> Iterator[C
 
 
 def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Check, search, check that the bits are the same, and time the two in turns."""
-    case.kernel(*case.arguments)
-    expected, first = case.expected(), case.out.clone()
-    error = ((first.double() - expected).abs().max() / expected.abs().max()).item()
-    if not error <= (1e-5 if first.dtype == torch.float32 else 2.0**-8):
-        raise SystemExit(f"{case.label}: error {error:.1e}")
+    """Check, search, check again, and time the two in turns."""
+    expected = case.expected()
+    error = _error(case, case.kernel, expected)
     tuned = ts.autotune(configs=[{}, *_configs(case.space)], budget=arguments.budget)(case.kernel)
-    tuned(*case.arguments)
-    if not torch.equal(case.out, first):
-        raise SystemExit(f"{case.label}: the tuned kernel gives other bits")
+    error = max(error, _error(case, tuned, expected))
     found = ts.autotune.report()[-1]
     seconds = _in_turns({"default": lambda: case.kernel(*case.arguments), "best": lambda: tuned(*case.arguments)},
                         arguments.rounds, time.thread_time if arguments.threads == 1 else time.perf_counter)
     return {"case": case.label, "error": error, "seconds": seconds, "schedule": dict(found.schedule),
             "tried": len(found.seconds), "skipped": dict(found.skipped), "search": dict(found.seconds),
             "default": min(1.0, seconds["best"] / seconds["default"])}
+
+
+def _error(case: Case, kernel: Any, expected: Tensor) -> float:
+    """Run a kernel; its largest error, relative to the largest value, or the end."""
+    case.out.fill_(float("nan"))
+    kernel(*case.arguments)
+    error = ((case.out.double() - expected).abs().max() / expected.abs().max()).item()
+    if not error <= (1e-5 if case.out.dtype == torch.float32 else 2.0**-8):
+        raise SystemExit(f"{case.label}: error {error:.1e}")
+    return error
 
 
 def _in_turns(runs: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:

@@ -9,8 +9,9 @@
 In: a `Specialisation` from the launch path. Out: a `Choice` that stands where the compiled kernel would. The first
 launch with a key compiles each schedule, times it on copies of what the kernel writes, and keeps the fastest in
 the cache folder (TESSERA_CACHE_DIR); from then on, also in other processes, nothing is measured. Every schedule
-computes the same function; on CPU to the bit, on CUDA a schedule's BK fixes the order of a matmul's sum. A schedule
-that does not compile, or whose results are not those of the kernel without one, is left out with a warning.
+computes the same function; on CPU to the bit, unless the kernel itself reads its block sizes, as attention does; on
+CUDA a schedule's BK fixes the order of a matmul's sum. A schedule that does not compile, or whose results are not those
+of the kernel without one, is left out with a warning.
 """
 
 from __future__ import annotations
