@@ -73,7 +73,7 @@ def quantize_kernel(x: Tile["M", "K"], codes: Tile["M", "K"], scale: Tile["M"],
             step, place = _zero_of(row, LARGEST[kind])
             scale[index], zero[index] = step, tile.cast(place, int8)
             code = tile.clamp(tile.round(row / step) + place, -LARGEST[kind] - 1.0, LARGEST[kind])
-            tile.store(codes[index], tile.cast(code, int8))
+            tile.store(codes[index], tile.cast(code, codes.dtype))
         else:
             step = safe(tile.reduce_max(tile.abs(row)) / LARGEST[kind])
             scale[index] = step

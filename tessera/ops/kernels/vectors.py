@@ -6,19 +6,19 @@ from typing import Optional
 
 from tessera import kernel
 from tessera.kernel import lang as tile
-from tessera.types import Tile, f32, int32
+from tessera.types import Tile, bool_, f32, int32
 
 _COLUMNS = 256  # of a block of the kernels that reduce another axis than the last
 
 
 @kernel
-def masked_mean_kernel(x: Tile["N", "R", "D"], mask: Tile["N", "R", "D"], totals: Tile["N", "R", f32],
+def masked_mean_kernel(x: Tile["N", "R", "D"], mask: Tile["N", "R", "D", bool_], totals: Tile["N", "R", f32],
                        counts: Tile["N", "R", int32], out: Tile["N"], count: Tile["N", f32]):
     """out = the mean of x[n] where mask[n] is true, 0 where it is nowhere true; rows are added in their order.
 
     Args:
         x: [N, R, D]; what is masked may be anything.
-        mask: [N, R, D] bool.
+        mask: [N, R, D].
         totals, counts: [N, R], overwritten.
         out: [N].
         count: [N], written: what sums are divided by.
@@ -35,7 +35,7 @@ def masked_mean_kernel(x: Tile["N", "R", "D"], mask: Tile["N", "R", "D"], totals
 
 
 @kernel
-def masked_mean_backward_kernel(grad: Tile["N"], mask: Tile["N", "R", "D"], count: Tile["N", f32],
+def masked_mean_backward_kernel(grad: Tile["N"], mask: Tile["N", "R", "D", bool_], count: Tile["N", f32],
                                 out: Tile["N", "R", "D"]):
     """out = grad / count where the mask is true, else 0; arguments as of `masked_mean_kernel`."""
     ctx = tile.context()
@@ -50,13 +50,13 @@ def _seen(mask, rows, item, first):
 
 
 @kernel
-def masked_mean_columns_kernel(x: Tile["N", "R", "C"], mask: Optional[Tile["N", "R", "C"]],  # noqa: UP045
-                               rows: Optional[Tile["N", "R"]], out: Tile["N", "C"], count: Tile["N", "C", f32]):  # noqa: UP045
+def masked_mean_columns_kernel(x: Tile["N", "R", "C"], mask: Optional[Tile["N", "R", "C", bool_]],  # noqa: UP045
+                               rows: Optional[Tile["N", "R", bool_]], out: Tile["N", "C"], count: Tile["N", "C", f32]):  # noqa: UP045
     """`masked_mean_kernel` over the middle axis.
 
     Args:
         x: [N, R, C].
-        mask, rows: bool [N, R, C] or [N, R], the other None.
+        mask, rows: [N, R, C] or [N, R], the other None.
         out, count: [N, C].
     """
     ctx = tile.context()
@@ -72,7 +72,7 @@ def masked_mean_columns_kernel(x: Tile["N", "R", "C"], mask: Optional[Tile["N", 
 
 @kernel
 def masked_mean_columns_backward_kernel(
-    grad: Tile["N", "C"], mask: Optional[Tile["N", "R", "C"]], rows: Optional[Tile["N", "R"]],  # noqa: UP045
+    grad: Tile["N", "C"], mask: Optional[Tile["N", "R", "C", bool_]], rows: Optional[Tile["N", "R", bool_]],  # noqa: UP045
     count: Tile["N", "C", f32], out: Tile["N", "R", "C"],
 ):
     """out = grad / count where the mask is true, else 0; arguments as of `masked_mean_columns_kernel`."""
