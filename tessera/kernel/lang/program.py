@@ -90,7 +90,7 @@ def static_assert(condition: Any, message: str = "") -> None:
 
 @builtin
 def device_assert(condition: Operand, message: str = "") -> None:
-    """Fail at run time (on the interp backend) unless the condition holds."""
+    """Fail at run time unless the condition holds; on cuda only where TRITON_DEBUG=1 is set."""
     builder().emit("assert", [tile_of(condition, what="assert")], text=str(message))
 
 
