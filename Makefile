@@ -24,8 +24,9 @@ check: $(STAMP)  ## lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-docs: $(STAMP)  ## docs/operations.md, made from the code and bench/results/
+docs: $(STAMP)  ## what docs/ takes from the code: operations.md (and bench/results/), tables of language.md
 	$(PY) -m tessera.ops.table > docs/operations.md
+	$(PY) -m tessera.kernel.lang.table docs/language.md
 
 bench: $(STAMP)  ## every benchmark beside its peer; JSON in bench/results/
 	@for script in bench/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
