@@ -39,22 +39,22 @@ def _seeing(start, columns, n_queries, n_keys, rows, causal, window):
 
 def _block(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window, variant):
     """P and scale dS of a block of queries from `place` and keys from `start`, [M, N]; variant: see `_variant`."""
-    ages = (tile.arange(queries.shape[0]) + place)[:, None] - (tile.arange(keys.shape[0]) + start)[None, :]
+    at, seen = (tile.arange(queries.shape[0]) + place)[:, None], (tile.arange(keys.shape[0]) + start)[None, :]
     scores, changes = tile.mma(queries, tile.transpose(keys)), tile.mma(grads, tile.transpose(values))
-    return _weights(scores, changes, ages, row_lse[:, None], excess[:, None], scale, causal, window, *variant)
+    return _weights(scores, changes, at, seen, row_lse[:, None], excess[:, None], scale, causal, window, *variant)
 
 
 def _block_transposed(queries, grads, keys, values, row_lse, excess, scale, place, start, causal, window, variant):
     """`_block`'s tiles as [N, M]: as they are computed, so they are multiplied with dO and q."""
-    ages = (tile.arange(queries.shape[0]) + place)[None, :] - (tile.arange(keys.shape[0]) + start)[:, None]
+    at, seen = (tile.arange(queries.shape[0]) + place)[None, :], (tile.arange(keys.shape[0]) + start)[:, None]
     scores, changes = tile.mma(keys, tile.transpose(queries)), tile.mma(values, tile.transpose(grads))
     softcap, slope, mask, keep = variant
     if mask is not None:
         mask = tile.transpose(mask)
     if keep is not None:
         keep = tile.transpose(keep)
-    return _weights(scores, changes, ages, row_lse[None, :], excess[None, :], scale, causal, window, softcap, slope,
-                    mask, keep)
+    return _weights(scores, changes, at, seen, row_lse[None, :], excess[None, :], scale, causal, window, softcap,
+                    slope, mask, keep)
 
 
 def _variant(softcap, slopes, mask, dropout, seed, batch, head, n_heads, first, rows, start, columns, n_keys):
@@ -63,14 +63,14 @@ def _variant(softcap, slopes, mask, dropout, seed, batch, head, n_heads, first, 
             keep_factors(dropout, seed, batch * n_heads + head, first, rows, start, columns, n_keys))
 
 
-def _weights(scores, changes, ages, lse, excess, scale, causal, window, softcap, slope, mask, keep):
-    """P and scale dS from the products of q with k and of dO with v; `ages` counts from key to query."""
+def _weights(scores, changes, at, seen, lse, excess, scale, causal, window, softcap, slope, mask, keep):
+    """P and scale dS from the products of q with k and of dO with v, queries at places `at` and keys at `seen`."""
     plain = scores * scale
-    scores = vary(plain, ages, softcap, slope, mask)
+    scores = vary(plain, at - seen, softcap, slope, mask)
     if causal:
-        scores = tile.where(ages >= 0, scores, -float("inf"))
+        scores = tile.where(at >= seen, scores, -float("inf"))
     if window is not None:
-        scores = tile.where(ages < window, scores, -float("inf"))
+        scores = tile.where(at - seen < window, scores, -float("inf"))
     # A row that sees no key has -inf, and -inf - -inf would be NaN; a score above its row's sum is one of rounding.
     safe_lse = tile.where(lse == -float("inf"), 0.0, lse)
     weights = tile.exp(tile.minimum(scores - safe_lse, 0.0))

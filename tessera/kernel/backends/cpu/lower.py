@@ -25,13 +25,15 @@ from tessera.kernel.backends.cpu.printing import lower_print
 from tessera.kernel.backends.cpu.reductions import reduce, scan
 from tessera.kernel.backends.cpu.sorting import sort
 from tessera.kernel.backends.cpu.storage import from_storage, to_storage
-from tessera.kernel.backends.cpu.stores import store_groups
+from tessera.kernel.backends.cpu.stores import param_of, store_groups
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Block, Function, Op
 from tessera.types import DType
 
 _SCALAR = ir.ELEMENTWISE | {"rand"}
 _LAZY = frozenset("broadcast transpose reshape slice full iota load gather".split())
+_WRITES = frozenset("store scatter atomic_add".split())
+Segments = list[tuple[list[Op], list[Op]]]  # of each: operations to repeat, its own operations
 
 
 def lower(function: Function, target: Target) -> tuple[emit.Module, int]:
@@ -61,16 +63,16 @@ def _emit_work(function: Function, module: emit.Module, target: Target) -> None:
     ctx.b.ret(total)
 
 
-def _segments(body: Block) -> list[tuple[list[Op], list[Op]]]:
+def _segments(body: Block) -> Segments:
     """Split the top level at its grids: (operations to repeat, operations of the segment).
 
-    Where a loop outside the grids both has effects and carries values out, nothing can be repeated: the
-    whole kernel is one serial segment.
+    Where a loop outside the grids both has effects and carries values out, or memory is written after it was read for
+    a later segment, nothing can be repeated: the whole kernel is one serial segment.
     """
     if any(_has_effects(op) and op.results for op in body.ops):
         return [([], body.ops)]
     pure: list[Op] = []
-    segments: list[tuple[list[Op], list[Op]]] = []
+    segments: Segments = []
     for op in body.ops:
         if op.name == "grid":
             segments.append((list(pure), [op]))
@@ -81,7 +83,23 @@ def _segments(body: Block) -> list[tuple[list[Op], list[Op]]]:
                 segments.append((list(pure), [op]))
         else:
             pure.append(op)
-    return segments
+    return [([], body.ops)] if _reads_too_late(segments) else segments
+
+
+def _reads_too_late(segments: Segments) -> bool:
+    """Whether a segment would repeat a read from before an earlier segment, which wrote to what it reads."""
+    for position, (shared, ops) in enumerate(segments):
+        needed = {value.name for op in ir.walk(Block(ops=ops)) for value in op.operands}
+        for op in reversed(shared):
+            if any(result.name in needed for result in op.results):
+                needed |= {value.name for inner in ir.walk(Block(ops=[op])) for value in inner.operands}
+        for before, done in segments[:position]:
+            written = {param_of(op.operands[0]) for op in ir.walk(Block(ops=done)) if op.name in _WRITES}
+            reads = [inner for op in before if any(result.name in needed for result in op.results)
+                     for inner in ir.walk(Block(ops=[op])) if inner.name in ("load", "gather")]
+            if any(param_of(read.operands[0]) in written for read in reads):
+                return True
+    return False
 
 
 def uneven_segments(function: Function) -> list[int]:
