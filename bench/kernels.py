@@ -190,7 +190,8 @@ def options(description: str, devices: Sequence[str] = ("cpu",)) -> tuple[argpar
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--device", choices=devices, default=devices[0])
     arguments = parser.parse_args()
-    torch.set_default_device(arguments.device)
+    if arguments.device != device():  # not for the CPU: a default that is set costs each of torch's calls some 10 us
+        torch.set_default_device(arguments.device)
     arguments.repetitions = arguments.repetitions or (3 if arguments.quick else 15)
     arguments.compile = arguments.compile and shutil.which(os.environ.get("CXX", "g++")) is not None
     torch.set_num_threads(arguments.threads)
