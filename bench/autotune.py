@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """Check, search, check again, and time the two in turns."""
     expected = case.expected()
     error = _error(case, case.kernel, expected)
-    tuned = ts.autotune(configs=[{}, *_configs(case.space)], budget=arguments.budget)(case.kernel)
+    configs = [{}, *(dict(zip(case.space, sizes)) for sizes in product(*case.space.values()))]
+    tuned = ts.autotune(configs=configs, budget=arguments.budget)(case.kernel)
     error = max(error, _error(case, tuned, expected))
     found = ts.autotune.report()[-1]
     seconds = _in_turns({"default": lambda: case.kernel(*case.arguments), "best": lambda: tuned(*case.arguments)},
@@ -131,13 +133,6 @@ def _in_turns(runs: Mapping[str, Callable[[], None]], rounds: int, clock: Callab
         for name, run in runs.items():
             best[name] = min(best[name], timed(run, calls))
     return best
-
-
-def _configs(space: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
-    configs: list[dict[str, int]] = [{}]
-    for name, values in space.items():
-        configs = [{**config, name: value} for config in configs for value in values]
-    return configs
 
 
 def row(result: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tessera.kernel import ir
 from tessera.kernel.build_rules import TypeRuleError, apply_spec, arithmetic_dtype, join_valid, promote, show
-from tessera.kernel.build_shapes import ShapeBuilder
+from tessera.kernel.build_shapes import PACK_INT4, ShapeBuilder
 from tessera.kernel.ir import TileTy, Value, ViewTy
 from tessera.types import DType, bool_, f32, f64, int4, int32
 
@@ -189,8 +189,7 @@ class Builder(ShapeBuilder):
 
     def _fit_dtype(self, view: Value, x: Value, what: str) -> Value:
         if view.type.dtype == int4:
-            raise TypeRuleError(f"{what}: int4 parameters are read-only; write two to a uint8: "
-                                "(even & 15) | ((odd & 15) << 4)", view)
+            raise TypeRuleError(f"{what}: int4 parameters are read-only; {PACK_INT4}", view)
         if (x.type.dtype.is_float != view.type.dtype.is_float) and x.type.dtype != bool_ and view.type.dtype != bool_:
             raise TypeRuleError(f"{what}: {show(x)} into {show(view)}: cast it to {view.type.dtype} first", x, view)
         return self.cast(x, view.type.dtype)

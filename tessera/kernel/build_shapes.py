@@ -24,6 +24,8 @@ from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Block, Function, Location, Op, TileTy, Value, ViewTy
 from tessera.types import DType, bool_, f32, int4, int32, int64
 
+PACK_INT4 = "write two to a uint8: (even & 15) | ((odd & 15) << 4)"  # what an error about int4 proposes
+
 
 class ShapeBuilder:
     """Appends operations to `block` of `function`; `loc` is stamped on each."""
@@ -86,8 +88,8 @@ class ShapeBuilder:
         if x.type.dtype == dtype:
             return x
         if dtype == int4:
-            raise TypeRuleError("cast: int4 is a storage type of parameters; nothing can be cast to it; write two to a "
-                                "uint8: (even & 15) | ((odd & 15) << 4)", x)
+            raise TypeRuleError(
+                f"cast: int4 is a storage type of parameters; nothing can be cast to it; {PACK_INT4}", x)
         return self.emit("cast", [x], [TileTy(x.type.shape, dtype, x.type.valid)]).result
 
     # -- shapes -------------------------------------------------------------------------------------

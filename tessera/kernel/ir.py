@@ -58,7 +58,8 @@ BINARY = ARITHMETIC | BITWISE | COMPARE
 ELEMENTWISE = UNARY | BINARY | {"where", "fma", "cast"}
 REDUCTIONS = frozenset("sum mean max min argmax argmin any all".split())
 SCANS = frozenset(["cumsum", "cummax"])
-EFFECTS = frozenset("store scatter atomic_add print assert grid yield".split())
+WRITES = frozenset("store scatter atomic_add".split())  # to the view that is their first operand
+EFFECTS = WRITES | frozenset("print assert grid yield".split())
 CONTROL = frozenset("grid for while if".split())
 MAX_PRINTED, PRINTED_EDGE = 1000, 3  # a tile of more elements is printed by its edges
 

@@ -190,8 +190,8 @@ def _fits_blocks(
     1.7 x, which halve the work; with a mask alone 0.9 x.
     """
     is_halved = scores.is_causal or q_BHSD.dtype is not torch.float32
-    return (q_BHSD.is_cpu and q_BHSD.shape[2] > 1 and q_BHSD.dtype is not torch.float64
-            and fits_tiles(scores, mask, slopes_H) and (is_halved or not is_plain))
+    return (q_BHSD.is_cpu and q_BHSD.shape[2] > 1 and fits_tiles(q_BHSD, scores, mask, slopes_H)
+            and (is_halved or not is_plain))
 
 
 def _decodes(

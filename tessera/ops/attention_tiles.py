@@ -26,10 +26,12 @@ from tessera.types import Tensor
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
-def fits_tiles(scores: Scores, mask: Tensor | None = None, slopes_H: Tensor | None = None) -> bool:
-    """Whether the tile kernels know such scores: all but windows to both sides, and gradients of masks and slopes."""
+def fits_tiles(
+    q_BHSD: Tensor, scores: Scores, mask: Tensor | None = None, slopes_H: Tensor | None = None,
+) -> bool:
+    """Whether the tile kernels do it: all but f64, windows to both sides, and gradients of masks and slopes."""
     wants_more = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (mask, slopes_H))
-    return not wants_more and (scores.window is None or scores.is_causal)
+    return q_BHSD.dtype is not torch.float64 and not wants_more and (scores.window is None or scores.is_causal)
 
 
 def variant(q_BHSD: Tensor, k_BKTD: Tensor, scores: Scores, mask: Tensor | None, slopes_H: Tensor | None) -> tuple:

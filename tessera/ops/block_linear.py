@@ -23,7 +23,7 @@ from tessera.ops.kernels.quantized import (
     int8_group_product_kernel,
 )
 from tessera.ops.linear import linear
-from tessera.ops.registration import is_plain, is_recording, wants_reference
+from tessera.ops.registration import is_plain, is_recording, launches
 
 
 def block_linear(
@@ -55,8 +55,7 @@ def block_linear(
         raise InputError(f"activations: {activations!r} given; expected 'int8' or None")
     has_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias_O is not None and bias_O.requires_grad))
     in_int8 = activations is not None
-    is_launched = is_recording() or (is_plain(x) and not wants_reference())
-    if has_gradient or is_invariant() or not is_launched or (in_int8 and not x.is_cpu):
+    if has_gradient or is_invariant() or not launches(x) or (in_int8 and not x.is_cpu):
         x = _rounded(x) if in_int8 else x
         return linear(x, dequantize_blocks(quants, scale_OG, minimum_OG).to(x.dtype), bias_O, blocks=blocks)
     out = torch.empty(*x.shape[:-1], len(quants), dtype=x.dtype, device=x.device)

@@ -49,7 +49,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, *options: Any,
 ) -> tuple[Tensor, Tensor]:
     scores, chunk = _scores(*options[:-1]), options[-1]
-    if q.dtype is not torch.float64 and fits_tiles(scores):
+    if fits_tiles(q, scores):
         return tile_attention(q, k, v, sinks, scores, variant(q, k, scores, mask, slopes))
     out, lse = _fake(q)
     for rows in _chunks(q.shape[2], chunk):
@@ -73,7 +73,7 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Those of q, k, v, mask and slopes; empty where they are not wanted."""
     scores, chunk = _scores(*options[:-1]), options[-1]
-    if q.dtype is not torch.float64 and fits_tiles(scores) and not (wants_mask or wants_slopes):
+    if fits_tiles(q, scores) and not (wants_mask or wants_slopes):
         return *tile_gradients(grad, q, k, v, out, lse, grad_lse, scores, variant(q, k, scores, mask, slopes)), \
             q.new_empty(0), q.new_empty(0)
     delta = _delta(grad, out, lse, grad_lse)

@@ -62,15 +62,16 @@ def flash_attention(
     dtype = q_BHSD.dtype
     if precision is not None:
         q_BHSD, k_BKND, v_BKND = (x.to(dtype_of(precision).torch) for x in (q_BHSD, k_BKND, v_BKND))
+    factor = q_BHSD.shape[-1]**-0.5 if scale is None else scale
     if cache is not None:
         k_BKND, v_BKND = cache.update(layer, k_BKND, v_BKND)
         is_causal = True
         if hasattr(cache, "mask"):  # the place of its one token is read when the step runs
-            seen, factor = cache.mask(window), q_BHSD.shape[-1]**-0.5 if scale is None else scale
+            seen = cache.mask(window)
             out_BHD: Tensor = decode_attention_op(
                 q_BHSD[:, :, 0], k_BKND, v_BKND, seen.valid, seen.place, seen.last, sinks, factor, softcap)
             return out_BHD[:, :, None].to(dtype)
-    scores = Scores(scale=q_BHSD.shape[-1]**-0.5 if scale is None else scale, is_causal=is_causal, window=window,
+    scores = Scores(scale=factor, is_causal=is_causal, window=window,
                     softcap=softcap, dropout_p=dropout_p, seed=dropout_seed(dropout_p, seed))
     check_scores(scores, k_BKND.shape[1])
     return _in_blocks(

@@ -29,7 +29,15 @@ from tessera.ops.kernels.cross_entropy import (
     logsumexp_update_kernel,
 )
 from tessera.ops.kernels.gemm import gemm_add_kernel, gemm_kernel, gemm_transposed_add_kernel, linear_kernel
-from tessera.ops.losses import check_loss, check_targets, reduce_rows, row_gradients, row_losses
+from tessera.ops.losses import (
+    check_loss,
+    check_targets,
+    class_gradients,
+    places_among,
+    reduce_rows,
+    row_gradients,
+    row_losses,
+)
 from tessera.ops.matmul import has_products_of
 from tessera.ops.registration import Operation
 from tessera.types import Tensor, floating, integer
@@ -279,18 +287,11 @@ def _shard_statistics(
     return *found, found[0].new_zeros(found[0].shape) if sums_N is None else sums_N
 
 
-def _shard_places(targets_N: Tensor, first_class: int, n_classes: int) -> tuple[Tensor, Tensor]:
-    """(whether a target is among the shard's classes, its place there or 0), [N, 1] each."""
-    places_N1 = (targets_N.long() - first_class).unsqueeze(-1)
-    here_N1 = (places_N1 >= 0) & (places_N1 < n_classes)
-    return here_N1, torch.where(here_N1, places_N1, 0)
-
-
 def _shard_statistics_reference(
     hidden_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, first_class: int, with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits_NC = _plain_logits(hidden_ND, weight_CD)
-    here_N1, places_N1 = _shard_places(targets_N, first_class, len(weight_CD))
+    here_N1, places_N1 = places_among(targets_N, first_class, len(weight_CD))
     top_N = logits_NC.amax(-1)
     total_N = torch.where(top_N.unsqueeze(-1) == -torch.inf, 0.0, (logits_NC - top_N.unsqueeze(-1)).exp()).sum(-1)
     picked_N = torch.where(here_N1, logits_NC.gather(-1, places_N1), 0.0).squeeze(-1)
@@ -302,12 +303,9 @@ def _shard_backward_reference(
     ignore_index: int, smoothing: float, z_loss: float, with_weight: bool, first_class: int, n_classes: int,
 ) -> tuple[Tensor, Tensor]:
     logits_NC = _plain_logits(hidden_ND, weight_CD)
-    here_N1, places_N1 = _shard_places(targets_N, first_class, len(weight_CD))
-    factor_N = 1.0 + 2.0 * z_loss * (top_N + spread_N)
-    grad_NC = (logits_NC - (top_N + spread_N).unsqueeze(-1)).exp() * factor_N.unsqueeze(-1) - smoothing / n_classes
-    grad_NC = grad_NC.scatter_add(-1, places_N1, torch.where(here_N1, smoothing - 1.0, 0.0).to(grad_NC.dtype))
-    counted_N = (targets_N != ignore_index) & (spread_N != -torch.inf) & (grad_N != 0)
-    grad_NC = torch.where(counted_N.unsqueeze(-1), grad_NC * grad_N.unsqueeze(-1), 0.0)
+    shifted_NC = logits_NC - top_N.unsqueeze(-1)
+    grad_NC = class_gradients(
+        grad_N, shifted_NC, top_N, spread_N, targets_N, ignore_index, smoothing, z_loss, first_class, n_classes)
     d_hidden_ND = grad_NC @ weight_CD.to(hidden_ND.dtype).to(grad_NC.dtype)
     d_weight_CD = (grad_NC.t() @ hidden_ND.to(grad_NC.dtype)).to(weight_CD.dtype)
     return d_hidden_ND.to(hidden_ND.dtype), d_weight_CD if with_weight else weight_CD.new_empty(0)

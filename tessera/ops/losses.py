@@ -188,14 +188,33 @@ def row_gradients(
     grad_N: Tensor, logits_NV: Tensor, targets_N: Tensor, ignore_index: int, smoothing: float, z_loss: float,
 ) -> Tensor:
     """grad * d(loss)/d(logits) [N, V] in f32 or f64, written out; zeros where `cross_entropy` has no gradient."""
-    shifted_NV, top_N, spread_N = row_statistics(logits_NV)
+    return class_gradients(grad_N, *row_statistics(logits_NV), targets_N, ignore_index, smoothing, z_loss)
+
+
+def class_gradients(
+    grad_N: Tensor, shifted_NC: Tensor, top_N: Tensor, spread_N: Tensor, targets_N: Tensor, ignore_index: int,
+    smoothing: float, z_loss: float, first_class: int = 0, n_classes: int | None = None,
+) -> Tensor:
+    """`row_gradients` to some of the classes, C from `first_class` on, from the statistics of all `n_classes`.
+
+    Args:
+        shifted_NC: the logits less `top_N`.
+    """
     counted_N = (targets_N != ignore_index) & (spread_N != -torch.inf) & (grad_N != 0)
     spread_N = torch.where(counted_N, spread_N, 0.0)
     factor_N = 1.0 + 2.0 * z_loss * (top_N + spread_N)
-    out_NV = (shifted_NV - spread_N.unsqueeze(-1)).exp() * factor_N.unsqueeze(-1) - smoothing / logits_NV.shape[-1]
-    places_N1 = torch.where(counted_N, targets_N, 0).long().unsqueeze(-1)
-    out_NV = out_NV.scatter_add(-1, places_N1, torch.full_like(places_N1, -1.0 + smoothing, dtype=out_NV.dtype))
-    return torch.where(counted_N.unsqueeze(-1), out_NV * grad_N.unsqueeze(-1), 0.0)
+    out_NC = (shifted_NC - spread_N.unsqueeze(-1)).exp() * factor_N.unsqueeze(-1)
+    out_NC = out_NC - smoothing / (n_classes or shifted_NC.shape[-1])
+    here_N1, places_N1 = places_among(targets_N, first_class, shifted_NC.shape[-1])
+    out_NC = out_NC.scatter_add(-1, places_N1, here_N1.to(out_NC.dtype) * (-1.0 + smoothing))
+    return torch.where(counted_N.unsqueeze(-1), out_NC * grad_N.unsqueeze(-1), 0.0)
+
+
+def places_among(targets_N: Tensor, first_class: int, n_classes: int) -> tuple[Tensor, Tensor]:
+    """(whether a target is one of some classes, its place among them or 0), [N, 1] each."""
+    places_N1 = (targets_N.long() - first_class).unsqueeze(-1)
+    here_N1 = (places_N1 >= 0) & (places_N1 < n_classes)
+    return here_N1, torch.where(here_N1, places_N1, 0)
 
 
 def _run_forward(

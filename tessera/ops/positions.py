@@ -14,6 +14,7 @@ import torch
 
 from tessera.errors import InputError
 from tessera.function.decorator import function
+from tessera.ops.attention_scores import ages
 from tessera.ops.rotary import RopeScaling, rope_frequencies, rotary
 from tessera.types import DType, Tensor, dtype_of, f32, floating, one_float
 
@@ -168,9 +169,7 @@ def apply_causal_mask(
     Returns:
         The masked scores.
     """
-    M, N = scores.shape[-2:]
-    places_M1 = torch.arange(q_start, q_start + M, device=scores.device)[:, None]
-    return scores.masked_fill(torch.arange(k_start, k_start + N, device=scores.device) > places_M1, -torch.inf)
+    return scores.masked_fill(ages(scores, q_start, k_start) < 0, -torch.inf)
 
 
 def _rotate(

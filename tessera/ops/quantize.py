@@ -173,7 +173,7 @@ def _quantize_reference(x_MK: Tensor, kind: str, symmetric: bool) -> tuple[Tenso
     """(codes [M, K], scale [M], zero [M], or [0] where 0 stands for 0)."""
     x_MK, no_zero = x_MK.float(), torch.empty(0, dtype=torch.int8, device=x_MK.device)
     if x_MK.numel() == 0:
-        codes_MK, scale_M, zero_M = _fake_quantize(x_MK, kind, symmetric)
+        codes_MK, scale_M, zero_M = _empty_codes(x_MK, kind, symmetric)
         return codes_MK, torch.ones_like(scale_M), torch.zeros_like(zero_M)
     if kind == "mxfp4":
         return *_quantize_mxfp4(x_MK), no_zero
@@ -219,12 +219,12 @@ def _dequantize_reference(
 
 
 def _quantize_kernel(x_MK: Tensor, kind: str, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    codes_MK, scale_M, zero_M = _fake_quantize(x_MK, kind, symmetric)
+    codes_MK, scale_M, zero_M = _empty_codes(x_MK, kind, symmetric)
     quantize_kernel(x_MK, codes_MK, scale_M, None if symmetric else zero_M, kind)
     return codes_MK, scale_M, zero_M
 
 
-def _fake_quantize(x_MK: Tensor, kind: str, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_codes(x_MK: Tensor, kind: str, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = x_MK.shape[0]
     return (x_MK.new_empty(x_MK.shape, dtype=_TORCH[kind]),
             x_MK.new_empty(rows, dtype=torch.uint8 if kind == "mxfp4" else torch.float32),
@@ -234,7 +234,7 @@ def _fake_quantize(x_MK: Tensor, kind: str, symmetric: bool) -> tuple[Tensor, Te
 def _dequantize_kernel(
     codes_MK: Tensor, scale_M: Tensor, zero_M: Tensor | None, kind: str, dtype: torch.dtype,
 ) -> Tensor:
-    out_MK = _fake_dequantize(codes_MK, scale_M, zero_M, kind, dtype)
+    out_MK = _empty_numbers(codes_MK, scale_M, zero_M, kind, dtype)
     if kind in _PACKED:
         dequantize_packed_kernel(codes_MK, scale_M, out_MK, zero_M, kind == "mxfp4")
     else:
@@ -242,7 +242,7 @@ def _dequantize_kernel(
     return out_MK
 
 
-def _fake_dequantize(
+def _empty_numbers(
     codes_MK: Tensor, scale_M: Tensor, zero_M: Tensor | None, kind: str, dtype: torch.dtype,
 ) -> Tensor:
     rows, width = codes_MK.shape
@@ -330,10 +330,10 @@ def _fake_quantize_reference(x_MK: Tensor, kind: str) -> Tensor:
 
 _quantize_op = Operation(
     "quantize(Tensor x, str kind, bool symmetric) -> (Tensor, Tensor, Tensor)",
-    kernel=_quantize_kernel, reference=_quantize_reference, fake=_fake_quantize)
+    kernel=_quantize_kernel, reference=_quantize_reference, fake=_empty_codes)
 _dequantize_op = Operation(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero, str kind, ScalarType dtype) -> Tensor",
-    kernel=_dequantize_kernel, reference=_dequantize_reference, fake=_fake_dequantize,
+    kernel=_dequantize_kernel, reference=_dequantize_reference, fake=_empty_numbers,
     dtypes=tuple(set(_TORCH.values())))
 _fake_quantize_op = Operation(
     "fake_quantize(Tensor x, str kind) -> Tensor", kernel=_fake_quantize_kernel, reference=_fake_quantize_reference,

@@ -89,11 +89,15 @@ def is_plain(x: Tensor) -> bool:
     return not _is_compiling() and type(x) in (Tensor, _PARAMETER) and not x.is_meta and _level() is None
 
 
+def launches(x: Tensor) -> bool:
+    """Whether an operation that is no `Operation` may launch its kernel on x: in a recorded step it has to."""
+    return is_recording() or (is_plain(x) and not wants_reference())
+
+
 def is_readable(x: Tensor) -> bool:
     """Whether a tensor's values can be looked at, at no cost: not on a GPU, nor while they are traced, recorded or
     transformed by torch.func."""
-    return (not _is_compiling() and type(x) in (Tensor, _PARAMETER) and x.is_cpu and not is_recording()
-            and _level() is None)
+    return is_plain(x) and x.is_cpu and not is_recording()
 
 
 class Operation:

@@ -21,7 +21,7 @@ from tessera.function.decorator import function
 from tessera.ops import invariant
 from tessera.ops.kernels.rope import rope_interleaved_kernel, rope_kernel
 from tessera.ops.layout import empty_like, widen
-from tessera.ops.registration import Operation, is_plain, is_readable, is_recording, is_watched, wants_reference
+from tessera.ops.registration import Operation, is_readable, is_recording, is_watched, launches
 from tessera.ops.rope_scaling import RopeScaling, rope_frequencies
 from tessera.types import Tensor, floating, integer, one_float
 
@@ -156,8 +156,7 @@ def rotary_(
     """
     if x_BSHD.requires_grad and torch.is_grad_enabled():
         raise InputError("x_BSHD: a tensor that needs a gradient given; expected torch.no_grad(), or rotary")
-    is_launched = is_recording() or (is_plain(x_BSHD) and not wants_reference())
-    if interleaved or not is_launched or x_BSHD.dtype == torch.float64:
+    if interleaved or not launches(x_BSHD) or x_BSHD.dtype == torch.float64:
         return x_BSHD.copy_(rotary(x_BSHD, cos_TR, sin_TR, rows_CS, interleaved=interleaved))
     _check(x_BSHD, cos_TR, rows_CS)
     rope_kernel(x_BSHD, cos_TR, sin_TR, x_BSHD, rows_CS, 1.0)

@@ -193,34 +193,26 @@ def _masked_mean_backward_kernel(grad: Tensor, mask_NRD: Tensor, count: Tensor, 
     return out_NRD
 
 
-def _l2_normalize_reference(x_ND: Tensor, eps: float) -> Tensor:
+def _unit_parts(x_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x / its row's scale, that scale, the squared length over it): the squares of 1e30 would overflow."""
     wide_ND = widen(x_ND)
     scale_N1 = wide_ND.detach().abs().amax(-1, keepdim=True).clamp(min=eps)
     scaled_ND = wide_ND / scale_N1
-    length_N1 = scaled_ND.square().sum(-1, keepdim=True)
+    return scaled_ND, scale_N1, scaled_ND.square().sum(-1, keepdim=True)
+
+
+def _l2_normalize_reference(x_ND: Tensor, eps: float) -> Tensor:
+    scaled_ND, _, square_N1 = _unit_parts(x_ND, eps)
     # At least 1, or the vector is shorter than eps.
-    return (scaled_ND * length_N1.clamp(min=1.0).rsqrt()).to(x_ND.dtype)
+    return (scaled_ND * square_N1.clamp(min=1.0).rsqrt()).to(x_ND.dtype)
 
 
 def _l2_normalize_backward_reference(grad_ND: Tensor, x_ND: Tensor, eps: float) -> Tensor:
-    wide_ND = widen(x_ND)
-    scale_N1 = wide_ND.abs().amax(-1, keepdim=True).clamp(min=eps)
-    scaled_ND = wide_ND / scale_N1
-    length_N1 = scaled_ND.square().sum(-1, keepdim=True)
-    inverse_N1 = length_N1.clamp(min=1.0).rsqrt()
+    scaled_ND, scale_N1, square_N1 = _unit_parts(x_ND, eps)
+    inverse_N1 = square_N1.clamp(min=1.0).rsqrt()
     unit_ND = scaled_ND * inverse_N1
-    along_N1 = torch.where(length_N1 >= 1.0, (grad_ND * unit_ND).sum(-1, keepdim=True), 0.0)
+    along_N1 = torch.where(square_N1 >= 1.0, (grad_ND * unit_ND).sum(-1, keepdim=True), 0.0)
     return ((grad_ND - unit_ND * along_N1) * (inverse_N1 / scale_N1)).to(x_ND.dtype)
-
-
-def _normalizing(kernel: Any) -> Any:
-    """The kernel as a function of its inputs and eps."""
-    def run(*inputs: Any) -> Tensor:
-        out = _contiguous_like(*inputs[:-1])
-        kernel(*inputs[:-1], out, inputs[-1])
-        return out
-
-    return run
 
 
 def _contiguous_like(*tensors: Tensor) -> Tensor:
@@ -228,10 +220,11 @@ def _contiguous_like(*tensors: Tensor) -> Tensor:
 
 
 def _writing(kernel: Any) -> Any:
-    """The kernel as a function of its inputs, with the shape and dtype of the last as its result's."""
-    def run(*inputs: Tensor) -> Tensor:
+    """The kernel as a function of its inputs and options; its result has the last input's shape and dtype."""
+    def run(*args: Any) -> Tensor:
+        inputs = [arg for arg in args if isinstance(arg, torch.Tensor)]
         out = _contiguous_like(*inputs)
-        kernel(*inputs, out)
+        kernel(*inputs, out, *args[len(inputs):])
         return out
 
     return run
@@ -261,10 +254,10 @@ _masked_mean_op = Operation(
     backward=lambda saved, grad, _: (_masked_mean_backward_op(grad, *saved), None, None))
 _l2_normalize_backward_op = Operation(
     "l2_normalize_backward(Tensor grad, Tensor x, float eps) -> Tensor",
-    kernel=_normalizing(l2_normalize_backward_kernel), reference=_l2_normalize_backward_reference,
+    kernel=_writing(l2_normalize_backward_kernel), reference=_l2_normalize_backward_reference,
     fake=lambda grad_ND, x_ND, eps: _contiguous_like(x_ND))
 _l2_normalize_op = Operation(
-    "l2_normalize(Tensor x, float eps) -> Tensor", kernel=_normalizing(l2_normalize_kernel),
+    "l2_normalize(Tensor x, float eps) -> Tensor", kernel=_writing(l2_normalize_kernel),
     reference=_l2_normalize_reference, fake=lambda x_ND, eps: _contiguous_like(x_ND),
     save=lambda inputs, output: tuple(inputs),
     backward=lambda saved, grad: (_l2_normalize_backward_op(grad, *saved), None))

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Dict  # noqa: UP035
-
 import pytest
 import torch
 
 import tessera as ts
 from tessera import Tensor, fp8, int8
 from tessera.errors import InputError, ShapeError
-
-
-@ts.quantized(weights=int8, activations=fp8)
-def swiglu_quantized(
-    x: Tensor["B", "S", "D", fp8],
-    W_gate: Tensor["D", "D_ff", int8],
-    W_up: Tensor["D", "D_ff", int8],
-    W_down: Tensor["D_ff", "D", int8],
-    scales: Dict[str, float],  # noqa: UP006
-) -> Tensor["B", "S", "D", fp8]:
-    """The documents' own, with the products that it leaves out."""
-    with ts.quantization.context(scales):
-        gate = ts.nn.quantized_matmul(x, W_gate, input_scale=scales["input"], weight_scale=scales["gate_weight"],
-                                      output_dtype=fp8)
-        up = ts.nn.quantized_matmul(x, W_up, input_scale=scales["input"], weight_scale=scales["up_weight"],
-                                    output_dtype=fp8)
-        hidden = ts.mul_fp8(ts.nn.swish_fp8(gate), up)
-        return ts.nn.quantized_matmul(hidden, W_down, input_scale=scales["hidden"],
-                                      weight_scale=scales["down_weight"], output_dtype=fp8)
+from tests.function.documents import swiglu_quantized
 
 
 def stored(x: torch.Tensor, dtype: torch.dtype, largest: float) -> tuple[torch.Tensor, float]:

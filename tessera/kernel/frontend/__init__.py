@@ -17,7 +17,7 @@ from tessera.kernel.dims import Dim
 from tessera.kernel.frontend.frame import Context, SelfObject
 from tessera.kernel.frontend.source import Source
 from tessera.kernel.frontend.tracer import Tracer
-from tessera.kernel.ir import EFFECTS, Block, Function, Location, Param, TileTy, Value, ViewTy, walk
+from tessera.kernel.ir import EFFECTS, WRITES, Block, Function, Location, Param, TileTy, Value, ViewTy, walk
 from tessera.kernel.verify import verify
 from tessera.types import DType, f32, f64, int64
 
@@ -113,7 +113,7 @@ def _reads(node: ast.expr, name: str) -> bool:
 def _mark_outputs(function: Function) -> None:
     params = {id(p.value): p for p in function.params}
     for op in walk(function.body):
-        if op.name in ("store", "scatter", "atomic_add"):
+        if op.name in WRITES:
             root = op.operands[0]
             while root.op is not None and root.op.name == "view":
                 root = root.op.operands[0]

@@ -18,8 +18,6 @@ from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Block, Function, Op, TileTy, Value
 from tessera.kernel.passes.axes import AxisClasses, Node
 
-_WRITES = ("store", "scatter", "atomic_add")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelDim:
@@ -63,7 +61,7 @@ def parallelize(function: Function, choose: BlockSizes) -> None:
 
 
 def _parallel_roots(function: Function, classes: AxisClasses) -> list[Node]:
-    writes = [op for op in ir.walk(function.body) if op.name in _WRITES]
+    writes = [op for op in ir.walk(function.body) if op.name in ir.WRITES]
     if not writes:
         return []
     common: list[Node] | None = None
@@ -77,7 +75,7 @@ def _reads_stay_in_block(function: Function, classes: AxisClasses, root: Node) -
     """A parameter that is read and written must be cut along the same axis at each access."""
     written: dict[str, set[int | None]] = {}
     for op in ir.walk(function.body):
-        if op.name in _WRITES:
+        if op.name in ir.WRITES:
             param, axis = _param_axis(op, op.operands[-1], classes, root)
             written.setdefault(param, set()).add(axis)
     for op in ir.walk(function.body):
@@ -102,7 +100,7 @@ def _param_axis(op: Op, tile: Value, classes: AxisClasses, root: Node) -> tuple[
 
 
 def _describe(function: Function, classes: AxisClasses, root: Node) -> ParallelDim:
-    writes = [op.operands[-1] for op in ir.walk(function.body) if op.name in _WRITES]
+    writes = [op.operands[-1] for op in ir.walk(function.body) if op.name in ir.WRITES]
     mmas = [op.result for op in ir.walk(function.body) if op.name == "mma"]
 
     def at(values: Sequence[Value], axis: int) -> bool:
@@ -153,8 +151,8 @@ class _Cutter:
         block.ops = rewritten.ops
 
     def _rewrite_op(self, op: Op) -> None:
-        if op.name in (*_WRITES, "load", "gather") and op.operands[0].name in self.params:
-            tile = op.operands[-1] if op.name in _WRITES else op.result
+        if op.name in ir.WRITES | {"load", "gather"} and op.operands[0].name in self.params:
+            tile = op.operands[-1] if op.name in ir.WRITES else op.result
             op.operands[0] = self._window(op, tile)
         elif op.name == "view" and op.operands[0].name in self.params:
             self._narrow_view(op)

@@ -8,7 +8,7 @@ from tessera import kernel
 from tessera.kernel import constexpr
 from tessera.kernel import lang as tile
 from tessera.ops.kernels.gemm import plus_bias
-from tessera.ops.kernels.quantize import LARGEST, steps_of_rows
+from tessera.ops.kernels.quantize import step_of
 from tessera.types import Tile, f32, int8, int32
 
 
@@ -67,7 +67,7 @@ def int8_rows_kernel(x: Tile["M", "K"], weight: Tile["N", "K", int8], scale: Til
         weight, scale, out, bias: as there.
     """
     values = tile.cast(tile.load(x), f32)
-    step = steps_of_rows(values, LARGEST["int8"])
+    step = step_of(values, "int8", keepdim=True)
     codes = tile.cast(tile.round(values / step), int8)
     _store_scaled(out, tile.mma(codes, tile.transpose(tile.load(weight))), step, scale, bias)
 

@@ -70,10 +70,7 @@ def decode_attention_kernel(
             result = result * shrink[:, None] + tile.mma(weights, values)
         store_span(parts[batch, head, part], result, total, top * factor)
     for batch, head in tile.grid(ctx.B, ctx.H_kv):
-        sink = None
-        if sinks is not None:
-            sink = tile.cast(tile.load(sinks[head]), f32)
-        tile.store(out[batch, head], join_spans(parts[batch, head], sink))
+        tile.store(out[batch, head], join_spans(parts[batch, head], None if sinks is None else sinks[head]))
 
 
 def store_span(part, values, total, top):
@@ -86,7 +83,9 @@ def store_span(part, values, total, top):
 
 def join_spans(parts, sinks):
     """The attention [G, D] of queries whose spans of keys are done, [P, G, D + 2]: weighted values, sum of weights and
-    largest score of each span, put together in their order; `sinks` [G] f32 are logits without a value, or None."""
+    largest score of each span, put together in their order; `sinks` [G] are logits without a value, or None."""
+    if sinks is not None:
+        sinks = tile.cast(tile.load(sinks), f32)
     width = parts.shape[2] - 2
     tops = tile.load(parts[:, :, width + 1])
     best = tile.reduce_max(tops, axis=0)

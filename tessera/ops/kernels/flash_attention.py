@@ -46,9 +46,8 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
     """
     ctx = tile.context()
     rows, columns = ctx.block_m, ctx.block_n
-    unit = scale  # what scores are multiples of until the softmax, unless something is done to them before
-    if softcap is not None or slopes is not None or mask is not None:
-        unit = 1.0
+    is_varied = softcap is not None or slopes is not None or mask is not None
+    unit = 1.0 if is_varied else scale  # what scores are multiples of until the softmax
     factor = unit * _LOG2_E
     blocks = tile.cdiv(ctx.S, rows)
     for batch, head, block in tile.grid(ctx.B, ctx.H, blocks):
@@ -69,7 +68,7 @@ def flash_attention_kernel(q: Tile["B", "H", "S", "D"], k: Tile["B", "H_kv", "T"
             begin = tile.maximum(place - window + 1, 0) // columns * columns
         for start in tile.range(begin, end, columns):
             scores = tile.mma(queries, tile.transpose(tile.load(k[batch, shared, start:start + columns])))
-            if softcap is not None or slopes is not None or mask is not None:
+            if is_varied:
                 ages = (tile.arange(rows) + place)[:, None] - (tile.arange(columns) + start)[None, :]
                 seen = load_mask(mask, batch, head, first, rows, start, columns)
                 scores = vary(scores * scale, ages, softcap, load_slope(slopes, head), seen)

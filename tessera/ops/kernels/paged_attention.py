@@ -69,7 +69,4 @@ def paged_attention_kernel(
             result = result * shrink[:, None] + tile.mma(weights, values)
         store_span(parts[batch, head, part], result, total, top * factor)
     for batch, head in tile.grid(ctx.B, ctx.H_kv):
-        sink = None
-        if sinks is not None:
-            sink = tile.cast(tile.load(sinks[head]), f32)
-        tile.store(out[batch, head], join_spans(parts[batch, head], sink))
+        tile.store(out[batch, head], join_spans(parts[batch, head], None if sinks is None else sinks[head]))

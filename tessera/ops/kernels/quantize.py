@@ -21,9 +21,9 @@ def safe(scale):
     return tile.where(scale < TINY, 1.0, scale)
 
 
-def steps_of_rows(values, largest):
-    """Each row's scale [M, 1], by which its largest magnitude becomes the largest code."""
-    return safe(tile.reduce_max(tile.abs(values), axis=-1, keepdim=True) / largest)
+def step_of(values, kind, keepdim=False):
+    """The scale of a row, or of each, by which its largest magnitude becomes the largest code."""
+    return safe(tile.reduce_max(tile.abs(values), axis=-1, keepdim=keepdim) / LARGEST[kind])
 
 
 def _zero_of(row, top):
@@ -75,7 +75,7 @@ def quantize_kernel(x: Tile["M", "K"], codes: Tile["M", "K"], scale: Tile["M"],
             code = tile.clamp(tile.round(row / step) + place, -LARGEST[kind] - 1.0, LARGEST[kind])
             tile.store(codes[index], tile.cast(code, codes.dtype))
         else:
-            step = safe(tile.reduce_max(tile.abs(row)) / LARGEST[kind])
+            step = step_of(row, kind)
             scale[index] = step
             tile.store(codes[index], tile.cast(_nearest(row / step, kind), codes.dtype))
 
@@ -95,7 +95,7 @@ def fake_quantize_kernel(x: Tile["M", "K"], out: Tile["M", "K"], kind: constexpr
     """
     for index in tile.grid(tile.context().M):
         row = tile.cast(tile.load(x[index]), f32)
-        step = safe(tile.reduce_max(tile.abs(row)) / LARGEST[kind])
+        step = step_of(row, kind)
         code = _nearest(row / step, kind)
         tile.store(out[index], (code if kind == "int8" else tile.cast(tile.cast(code, kind), f32)) * step)
 

@@ -32,7 +32,6 @@ from tessera.types import DType
 
 _SCALAR = ir.ELEMENTWISE | {"rand"}
 _LAZY = frozenset("broadcast transpose reshape slice full iota load gather".split())
-_WRITES = frozenset("store scatter atomic_add".split())
 Segments = list[tuple[list[Op], list[Op]]]  # of each: operations to repeat, its own operations
 
 
@@ -88,17 +87,23 @@ def _segments(body: Block) -> Segments:
 
 def _reads_too_late(segments: Segments) -> bool:
     """Whether a segment would repeat a read from before an earlier segment, which wrote to what it reads."""
-    for position, (shared, ops) in enumerate(segments):
-        needed = {value.name for op in ir.walk(Block(ops=ops)) for value in op.operands}
-        for op in reversed(shared):
-            if any(result.name in needed for result in op.results):
-                needed |= {value.name for inner in ir.walk(Block(ops=[op])) for value in inner.operands}
-        for before, done in segments[:position]:
-            written = {param_of(op.operands[0]) for op in ir.walk(Block(ops=done)) if op.name in _WRITES}
-            reads = [inner for op in before if any(result.name in needed for result in op.results)
-                     for inner in ir.walk(Block(ops=[op])) if inner.name in ("load", "gather")]
-            if any(param_of(read.operands[0]) in written for read in reads):
-                return True
+    rests: dict[str, set[str]] = {}  # of a value that is repeated: the parameters that it is read from
+    stale: set[str] = set()
+    known = 0
+    for shared, ops in segments:
+        for op in shared[known:]:
+            inner = list(ir.walk(Block(ops=[op])))
+            operands = ir.users(inner).keys()
+            params = {param_of(each.operands[0]) for each in inner if each.name in ("load", "gather")}
+            params |= set().union(*(rests.get(name, ()) for name in operands))
+            rests |= {result.name: params for result in op.results}
+            if not stale.isdisjoint(operands):
+                stale |= {result.name for result in op.results}
+        known, inner = len(shared), list(ir.walk(Block(ops=ops)))
+        if not stale.isdisjoint(ir.users(inner)):
+            return True
+        written = {param_of(op.operands[0]) for op in inner if op.name in ir.WRITES}
+        stale |= {name for name, params in rests.items() if params & written}
     return False
 
 

@@ -210,8 +210,7 @@ def _sum_type(op: Op) -> DType:
 
 
 def _in_loop(ctx: Context, op: Op) -> bool:
-    return any(inner is op for loop in ir.walk(ctx.function.body) if loop.name in ("for", "while")
-               for region in loop.regions for inner in ir.walk(region))
+    return op in ir.in_loops(ctx.function.body)
 
 
 def _resident(ctx: Context, op: Op, memory: Memory) -> None:

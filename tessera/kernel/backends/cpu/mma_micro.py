@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tessera.kernel.backends.cpu.emit import F32, I1, I64, VOID, Builder, Function, Module, Val, const, vec
+from tessera.kernel.backends.cpu.emit import F32, I1, I32, I64, VOID, Builder, Function, Module, Val, const, vec
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.mma_dot import Dot, multiply_add
 
@@ -100,7 +100,7 @@ def _emit_edge(function: Function, kernel: Kernel) -> None:
     ragged = b.cmp("lt", columns, nr)
     tile = b.alloca(F32, kernel.mr * nr)
     with b.if_(ragged) as branch:
-        _copy_tile(b, kernel, c, ldc, tile, const(nr, I64), rows, columns)
+        copy_tile(b, kernel.lanes, c, ldc, tile, const(nr, I64), rows, columns)
         branch.give([tile, const(nr, I64)])
     with branch.else_():
         branch.give([c, ldc])
@@ -111,15 +111,15 @@ def _emit_edge(function: Function, kernel: Kernel) -> None:
         b.call(tile_kernel(function.module, kernel, few=True), b.gep(a, b.mul(row.i, kernel.a_strides()[0]), F32), w,
                b.gep(to, b.mul(row.i, pitch), F32), pitch, units, keep, b.min(b.sub(rows, row.i), FEW))
     with b.if_(ragged):
-        _copy_tile(b, kernel, tile, const(nr, I64), c, ldc, rows, columns)
+        copy_tile(b, kernel.lanes, tile, const(nr, I64), c, ldc, rows, columns)
     b.ret()
 
 
-def _copy_tile(b: Builder, kernel: Kernel, source: Val, pitch: Val, to: Val, to_pitch: Val, rows: Val,
-               columns: Val) -> None:
-    with b.for_(0, rows) as row, b.for_(0, columns, kernel.lanes) as at:
-        mask = b.lane_mask(b.min(b.sub(columns, at.i), kernel.lanes), kernel.lanes)
-        x = b.masked_load(b.gep(source, b.add(b.mul(row.i, pitch), at.i), F32), vec(kernel.lanes, F32), mask)
+def copy_tile(b: Builder, lanes: int, source: Val, pitch: Val, to: Val, to_pitch: Val, rows: Val, columns: Val) -> None:
+    """Copy f32 rows to another place."""
+    with b.for_(0, rows) as row, b.for_(0, columns, lanes) as at:
+        mask = b.lane_mask(b.cast("trunc", b.min(b.sub(columns, at.i), lanes), I32), lanes)
+        x = b.masked_load(b.gep(source, b.add(b.mul(row.i, pitch), at.i), F32), vec(lanes, F32), mask)
         b.masked_store(x, b.gep(to, b.add(b.mul(row.i, to_pitch), at.i), F32), mask)
 
 

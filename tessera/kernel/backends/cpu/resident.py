@@ -23,6 +23,7 @@ from tessera.kernel.backends.cpu.context import ZERO, Context, Memory, storage_t
 from tessera.kernel.backends.cpu.emit import F32, I1, I32, I64, VOID, Builder, Function, Val, const, vec
 from tessera.kernel.backends.cpu.host import Target
 from tessera.kernel.backends.cpu.mma_dot import F32_CHAIN
+from tessera.kernel.backends.cpu.mma_micro import copy_tile
 from tessera.kernel.backends.cpu.mma_pack import Source, pack_panels
 from tessera.kernel.backends.cpu.storage import from_storage, load_first
 from tessera.kernel.dims import Dim
@@ -257,16 +258,10 @@ class _Product:
             with b.if_(b.cmp("eq", columns, width), likely=True) as branch:
                 run(to, self.ldc)
             with branch.else_():
-                self._copy(to, self.ldc, self.tile, const(width, I64), high, columns)
+                lanes = self.shape.lanes
+                copy_tile(b, lanes, to, self.ldc, self.tile, const(width, I64), high, columns)
                 run(self.tile, const(width, I64))
-                self._copy(self.tile, const(width, I64), to, self.ldc, high, columns)
-
-    def _copy(self, source: Val, pitch: Val, to: Val, to_pitch: Val, rows: Val, columns: Val) -> None:
-        b, lanes = self.b, self.shape.lanes
-        with b.for_(0, rows) as row, b.for_(0, columns, lanes) as at:
-            mask = b.lane_mask(b.cast("trunc", b.min(b.sub(columns, at.i), lanes), I32), lanes)
-            x = b.masked_load(b.gep(source, b.add(b.mul(row.i, pitch), at.i), F32), vec(lanes, F32), mask)
-            b.masked_store(x, b.gep(to, b.add(b.mul(row.i, to_pitch), at.i), F32), mask)
+                copy_tile(b, lanes, self.tile, const(width, I64), to, self.ldc, high, columns)
 
 
 _TILE_PARAMS = [("a", "ptr noalias readonly"), ("a_row", I64), ("a_k", I64), ("w", "ptr noalias readonly"),

@@ -59,9 +59,7 @@ def float_mod(a, b):
     "float_floordiv": """
 @triton.jit
 def float_floordiv(a, b):
-    remainder = libdevice.fmod(a, b)
-    remainder = tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
-    quotient = tl.where(b == 0, a / b, tl.floor((a - remainder) / b + 0.5))
+    quotient = tl.where(b == 0, a / b, tl.floor((a - float_mod(a, b)) / b + 0.5))
     crosses = (a != 0) & ((a < 0) != (b < 0))
     return tl.where((tl.abs(b) == float("inf")) & (tl.abs(a) != float("inf")), tl.where(crosses, -1.0, 0.0), quotient)
 """,

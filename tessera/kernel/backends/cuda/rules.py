@@ -44,7 +44,7 @@ def binary_text(emitter: Emitter, name: str, is_float: bool, x: str, y: str) -> 
         emitter.helpers.add("int_pow")
         return f"int_pow({x}, {y})"
     kind = "float" if is_float else "int"
-    emitter.helpers.add(f"{kind}_{name}")
+    emitter.helpers |= {f"{kind}_{name}", f"{kind}_mod"} if is_float else {f"{kind}_{name}"}
     return f"{kind}_{name}({x}, {y})"
 
 
