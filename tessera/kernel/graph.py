@@ -111,11 +111,11 @@ class Graph:
 
     def _describe(self, arguments: Mapping[str, Any]) -> Described:
         described = Described()
-        described.add(torch.get_num_threads())
-        described.add(env.get("TESSERA_BACKEND"))
+        described.key += torch.get_num_threads(), env.get("TESSERA_BACKEND"), torch.get_default_dtype()
         for value in arguments.values():
             described.add(value)
-        described.add(self._outside(), walk_objects=False)
+        for value in self._outside():
+            described.add(value, walk_objects=False)
         return described
 
     def _record(self, bound: inspect.BoundArguments, arguments: Mapping[str, Any], described: Described,

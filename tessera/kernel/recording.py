@@ -6,16 +6,23 @@ the tensors in order, and a `Recorded` with the kernel launches. `graph` makes r
 
 from __future__ import annotations
 
+import builtins
+import dis
 import enum
+import functools
 import sys
 import threading
 import types
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessera.errors import UnsupportedError
@@ -23,9 +30,11 @@ from tessera.kernel.specialise import Run, Specialisation, observing
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, enum.Enum)
 _EXACT = frozenset([type(None), bool, int, str])  # equal and of one type means the same
-_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_ITEMS = (tuple, list, set, frozenset, deque)
+_NAMED = frozenset([type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType])  # count by identity
 _ALLOCATIONS = frozenset(
     "aten::empty aten::empty_like aten::empty_strided aten::new_empty aten::new_empty_strided".split())
+_READS = frozenset([torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__])
 _HARMLESS = frozenset(["aten::_unsafe_view"])  # a view by another name
 
 
@@ -55,6 +64,8 @@ class Described:
         kind = type(value)
         if kind in _EXACT:
             return self.key.append((kind, value))
+        if kind in _NAMED:
+            return self._add_identity(value)
         if isinstance(value, torch.Tensor):
             return self._add_tensor(value)
         if isinstance(value, _PLAIN):
@@ -63,26 +74,42 @@ class Described:
             return self.key.append(("again", self._seen[id(value)]))
         self._seen[id(value)] = len(self._seen)
         self._alive.append(value)
-        if isinstance(value, (tuple, list)):
-            self.key.append((kind, len(value)))
-            for item in value:
-                self.add(item, walk_objects=walk_objects)
-        elif isinstance(value, dict):
-            self.key.append((kind, len(value)))
-            for name, item in value.items():
-                self.add(name, walk_objects=walk_objects)
-                self.add(item, walk_objects=walk_objects)
-        elif not walk_objects or isinstance(value, _OPAQUE) or hasattr(value, "__tile_kernel__"):
+        if isinstance(value, (*_ITEMS, dict)):
+            self._add_items(value, walk_objects)
+        elif isinstance(value, (bytearray, memoryview, array)):
+            self.key.append((kind, bytes(value)))
+        elif hasattr(kind, "__array_interface__"):  # numpy's
+            self.key.append((kind, value.dtype.str, value.shape, value.tobytes()))
+        elif not walk_objects or isinstance(value, type):
             self._add_identity(value)
+        elif hasattr(value, "__tile_kernel__"):
+            self._add_identity(value.__tile_kernel__)
+            self.add(getattr(value, "instance", None))  # of a method's kernel
+        elif isinstance(value, types.MethodType):
+            self._add_identity(value.__func__)
+            self.add(value.__self__)
+        elif isinstance(value, functools.partial):
+            self.add((kind, value.func, value.args, value.keywords))
         else:
             self._add_object(value)
 
+    def _add_items(self, value: Any, walk_objects: bool) -> None:
+        """The elements of a container, a set's in the order that they come in; and what a subclass has besides."""
+        kind = type(value)
+        self.key.append((kind, len(value)))
+        for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
+            self.add(item, walk_objects=walk_objects)
+        if walk_objects and getattr(value, "__dict__", None):
+            self.add(value.__dict__)
+
     def _add_object(self, value: Any) -> None:
         slots = [name for cls in type(value).__mro__ for name in _slot_names(cls) if hasattr(value, name)]
-        if not slots and not hasattr(value, "__dict__"):
-            return self._add_identity(value)
-        self.key.append((type(value), "object"))
-        self.add({**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}})
+        # What C code keeps in an object that it makes is not in its attributes.
+        if type(value).__new__ is not object.__new__ or not (slots or hasattr(value, "__dict__")):
+            self._add_identity(value)
+        if slots or hasattr(value, "__dict__"):
+            self.key.append((type(value), "object"))
+            self.add({**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}})
 
     def _add_identity(self, value: Any) -> None:
         self.held.append(value)
@@ -102,8 +129,9 @@ class Described:
 
 def _slot_names(cls: type) -> Sequence[str]:
     slots = cls.__dict__.get("__slots__", ())
-    return [name for name in ((slots,) if isinstance(slots, str) else slots)
-            if name not in ("__dict__", "__weakref__")]
+    private = "_" + cls.__name__.lstrip("_")  # what Python puts before __names
+    return [private + name if name.startswith("__") and not name.endswith("__") else name
+            for name in ((slots,) if isinstance(slots, str) else slots) if name not in ("__dict__", "__weakref__")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +211,7 @@ def record(name: str) -> Iterator[Recorded]:
 
     _state.recorded = recorded
     try:
-        with observing(wrap), watch:
+        with observing(wrap), watch, _WatchReads(watch):
             yield recorded
     finally:
         _state.recorded = None
@@ -207,14 +235,32 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operation = func._schema.name
-        if not (self._paused or func.is_view or operation in _ALLOCATIONS or operation in _HARMLESS):
-            raise UnsupportedError(
-                f"graph {self._name}: {operation} {_caller()}is an operation of torch, which a replay would leave out; "
-                "allocate with torch.empty and compute in kernels")
+        if not (func.is_view or operation in _ALLOCATIONS or operation in _HARMLESS):
+            self.refuse(operation)
         result = func(*args, **(kwargs or {}))
         if operation in _ALLOCATIONS and not self._paused:
             self._recorded.allocated.append(result)
         return result
+
+    def refuse(self, operation: str) -> None:
+        """Raise UnsupportedError, unless a launch does it."""
+        if not self._paused:
+            raise UnsupportedError(
+                f"graph {self._name}: {operation} {_caller()}is an operation of torch, which a replay would leave out; "
+                "allocate with torch.empty and compute in kernels")
+
+
+class _WatchReads(TorchFunctionMode):
+    """Sees what hands a tensor's elements to Python without an operation of torch."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            self._watch.refuse(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 def _caller() -> str:
@@ -228,22 +274,32 @@ def _caller() -> str:
     return ""
 
 
-def outside_values(function: Callable[..., Any]) -> Callable[[], dict[str, Any]]:
-    """A function that gives what `function` reads from closures and globals now, by name."""
+def outside_values(function: Callable[..., Any]) -> Callable[[], tuple[Any, ...]]:
+    """A function that gives what `function` reads from closures and globals now, always in the same order."""
     code = getattr(function, "__code__", None)
     if code is None:
-        return dict
-    cells = dict(zip(code.co_freevars, getattr(function, "__closure__", None) or ()))
-    names = [name for name in code.co_names if not isinstance(function.__globals__.get(name), _OPAQUE)]
+        return tuple
+    cells = getattr(function, "__closure__", None) or ()
+    space = function.__globals__
+    names = [name for name in sorted(_global_names(code)) if name in space or not hasattr(builtins, name)]
 
-    def read() -> dict[str, Any]:
-        space = function.__globals__
-        found = {name: space[name] for name in names if name in space}
-        for name, cell in cells.items():
-            try:
-                found[name] = cell.cell_contents
-            except ValueError:
-                continue  # not assigned yet
-        return found
+    def read() -> tuple[Any, ...]:
+        return (*(space.get(name, _MISSING) for name in names), *map(_content, cells))
 
     return read
+
+
+_MISSING = "not assigned yet"
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """The globals that a function names, also in the comprehensions and functions inside it."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_global_names(const) for const in code.co_consts if isinstance(const, types.CodeType)))

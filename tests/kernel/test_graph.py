@@ -1,8 +1,12 @@
 """Captured functions: replays give the bits of eager launches, and what cannot be replayed is refused."""
 
+import functools
 import threading
+from array import array
+from collections import deque
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +107,123 @@ def test_numbers_that_compare_equal_are_apart():
         described.add(value)
         keys.append(tuple(described.key))
     assert len(set(keys)) == len(keys)
+
+
+class Config(dict):
+    """A container with an attribute."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def __call__(self):
+        return self.factor
+
+
+class Private:
+    """State that Python stores under another name."""
+
+    __slots__ = ("__factor",)
+
+    def __init__(self, factor):
+        self.__factor = factor
+
+    def __call__(self):
+        return self.__factor
+
+
+class Scale:
+    def __init__(self, factor):
+        self.weight = torch.full((3,), factor)
+
+    @ts.kernel
+    def run(self, x: Tile["S", "D", f32], o: Tile["S", "D", f32]):
+        o[:] = x * self.weight
+
+
+@ts.kernel
+def scaled(x: Tile["S", "D", f32], o: Tile["S", "D", f32], factor: float):
+    o[:] = x * factor
+
+
+@pytest.mark.parametrize("make, read", [
+    (lambda n: functools.partial(float, n), lambda value: value()),
+    (lambda n: Config(n).__call__, lambda value: value()),
+    (Config, lambda value: value()),
+    (Private, lambda value: value()),
+    (lambda n: {n}, lambda value: value.copy().pop()),
+    (lambda n: deque([n]), lambda value: value[0]),
+    (lambda n: array("d", [n]), lambda value: value[0]),
+    (lambda n: np.array([n]), lambda value: float(value[0])),
+    (np.float32, float),
+], ids=["partial", "bound method", "container's attribute", "private slot", "set", "deque", "array", "numpy", "number"])
+def test_every_value_of_an_argument_is_in_the_key(make, read):
+    @graph.capture
+    def step(x, value):
+        out = torch.empty_like(x)
+        scaled(x, out, read(value))
+        return out
+
+    for factor in (2.0, 3.0, 2.0):
+        assert step(torch.ones(1, 3), make(factor)).tolist() == [[factor] * 3]
+    assert len(step.buckets) == 2
+
+
+def test_a_kernel_of_an_object_as_an_argument():
+    @graph.capture
+    def step(x, run):
+        out = torch.empty_like(x)
+        run(x, out)
+        return out
+
+    scale = Scale(2.0)
+    run = scale.run
+    for factor in (2.0, 3.0, 2.0):
+        scale.weight = torch.full((3,), factor)
+        assert step(torch.ones(1, 3), run).tolist() == [[factor] * 3]
+    assert len(step.buckets) == 1
+
+
+FACTOR = 2.0
+
+
+def factor():
+    return FACTOR
+
+
+def test_names_that_come_to_mean_something_else(monkeypatch):
+    @graph.capture
+    def step(x):
+        outs = [torch.empty_like(x) for _ in range(FACTORS)]
+        for out in [o for o in outs if FACTOR]:
+            scaled(x, out, [factor() * FACTOR for _ in (1,)][0])
+        return outs[-1]
+
+    monkeypatch.setitem(globals(), "FACTORS", 2)
+    assert step(torch.ones(1, 1)).item() == 4
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)  # named only inside comprehensions
+    assert step(torch.ones(1, 1)).item() == 9
+    monkeypatch.setitem(globals(), "factor", lambda: 5.0)  # another function
+    assert step(torch.ones(1, 1)).item() == 15
+
+
+def test_the_default_dtype_is_in_the_key():
+    @ts.kernel
+    def copied(x: Tile["N", f32], o: Tile["N"]):
+        o[:] = tile.load(x)
+
+    @graph.capture
+    def step(x):
+        out = torch.empty(x.shape)
+        copied(x, out)
+        return out
+
+    assert step(torch.ones(3)).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert step(torch.ones(3, dtype=torch.float32)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_arguments_are_written_in_place():
@@ -288,6 +409,9 @@ def test_what_cannot_be_replayed_is_refused():
     refused(lambda x: x[0, 0].item(), x, match="aten::_local_scalar_dense")
     refused(lambda x: 1 if x[0, 0] > 0 else 2, x, match="aten::gt")
     refused(lambda x: x.T.contiguous(), x, match="aten::clone")
+    refused(lambda x: x.tolist(), x, match=r"Tensor.tolist at .*test_graph.py:\d+ is an operation of torch")
+    refused(lambda x: x.numpy(), x, match="Tensor.numpy")
+    refused(lambda x: np.asarray(x), x, match="Tensor.__array__")
     refused(lambda x: {1, 2}, x, match="a set is returned")
     refused(lambda x: x, x.to_sparse(), match="expected a dense torch.Tensor")
     refused(lambda x: x.view(-1), x.clone().requires_grad_(), match="carries a gradient")
