@@ -7,6 +7,7 @@ values, device and backend; a launch that has one takes a dictionary look-up.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import threading
@@ -192,7 +193,10 @@ class Kernel:
         parameters = read_parameters(self.function, names, defaults, self.retypes)
         if not any(p.kind == "tile" for p in parameters):
             raise InputError(f'kernel {self.name}: no parameter is a tensor; annotate one with Tile["S", "D", dtype]')
-        return parameters
+        # A block size of the schedule is the value of the compile-time parameter with its name.
+        sizes = {**getattr(self.tuner, "defaults", {}), **self.schedule}
+        return tuple(dataclasses.replace(p, default=sizes[p.name]) if p.kind == "constant" and p.name in sizes else p
+                     for p in parameters)
 
     @functools.cached_property
     def source_tree(self) -> Source:
@@ -311,6 +315,11 @@ class Variant:
         return [self._argument(p, v) for p, v in zip(self.signature.parameters, values)]
 
     def _trace(self, arguments: Sequence[Argument], backend: str, schedule: Mapping[str, Any]) -> Function:
+        # Under a schedule to be tuned: its block sizes, unless the launch gave others than the defaults.
+        defaults = {p.name: p.default for p in self.signature.parameters if p.kind == "constant"}
+        arguments = [dataclasses.replace(a, value=schedule[a.name])
+                     if a.name in schedule and a.name in defaults and a.value == defaults[a.name] else a
+                     for a in arguments]
         blocks = backends.default_blocks(backend, [a.dtype for a in arguments if a.dtype is not None])
         function = frontend.trace(
             self.kernel.source_tree, self.kernel.name, arguments, self.signature.sizes, self.named,

@@ -6,14 +6,17 @@ block sizes from it (`ctx.block_m` is "BM"), the passes and backends the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tessera.errors import InputError
 
-OPTIONS = ("tile", "warps", "stages", "pipeline")
-# How tensor cores take f32 tiles: two of them, and one against a tile that bf16 holds exactly.
-CHOICES = {"f32_dot": ("ieee", "tf32x3", "tf32"), "mixed_dot": ("bf16x3", "bf16x2", "bf16")}
+# What an option may be. The last two: how tensor cores take f32 tiles, two of them, and one against a tile that bf16
+# holds exactly.
+OPTIONS: Mapping[str, Sequence[Any]] = {
+    "warps": (1, 2, 4, 8, 16, 32), "stages": range(1, 9), "pipeline": (False, True),
+    "f32_dot": ("ieee", "tf32x3", "tf32"), "mixed_dot": ("bf16x3", "bf16x2", "bf16"),
+}
 _MAX_BLOCK = 1 << 16
 
 
@@ -23,30 +26,36 @@ def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an option is unknown or has no usable value.
     """
+    if not isinstance(options, Mapping):
+        raise InputError(f"schedule: {options!r} given; expected a mapping such as {{'BM': 128, 'warps': 8}}")
     flat: dict[str, Any] = {}
     for name, value in options.items():
         if name == "tile":
             if not isinstance(value, Mapping):
                 raise InputError(f"schedule: tile={value!r} given; expected a mapping such as {{'BM': 128}}")
             flat.update({key: _block(key, size) for key, size in value.items()})
-        elif name in CHOICES:
-            if value not in CHOICES[name]:
-                raise InputError(f"schedule: {name}={value!r} given; expected one of {', '.join(CHOICES[name])}")
-            flat[name] = value
         elif name in OPTIONS:
-            if not isinstance(value, (bool, int, str)):
-                raise InputError(f"schedule: {name}={value!r} given; expected an int, a bool or a name")
+            # By type too: True is no number of warps.
+            if not any(value == choice and type(value) is type(choice) for choice in OPTIONS[name]):
+                raise InputError(f"schedule: {name}={value!r} given; expected one of "
+                                 f"{', '.join(map(str, OPTIONS[name]))}")
             flat[name] = value
-        elif name.isupper():
+        elif _is_block_name(name):
             flat[name] = _block(name, value)
         else:
-            raise InputError(f"schedule: {name!r} is not an option; expected {', '.join((*OPTIONS, *CHOICES))} "
+            raise InputError(f"schedule: {name!r} is not an option; expected {', '.join(('tile', *OPTIONS))} "
                              "or a block size such as BM")
     return flat
 
 
+def _is_block_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isupper() and name.isidentifier()
+
+
 def _block(name: Any, size: Any) -> int:
-    if not isinstance(name, str) or not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= _MAX_BLOCK:
+    if not _is_block_name(name):
+        raise InputError(f"schedule: tile={{{name!r}: ...}} given; expected names in capitals such as 'BM'")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= _MAX_BLOCK:
         raise InputError(f"schedule: block size {name}={size!r} given; expected 1 to {_MAX_BLOCK}")
     return size
 
@@ -55,12 +64,12 @@ def schedule(**options: Any) -> Callable[[Any], Any]:
     """Fix a kernel's schedule; stands above or below `@ts.kernel`.
 
     Args:
-        options: `tile`, a mapping of block sizes ("BM", "BN", "BK"), and `warps`, `stages`, `pipeline`, ...; on
-            CUDA `f32_dot` ("ieee", "tf32x3", "tf32") and `mixed_dot` ("bf16x3", "bf16x2", "bf16") choose how f32 tiles
-            are multiplied.
+        options: `tile`, a mapping of block sizes: "BM", "BN", "BK", and those that the kernel reads as `ctx.NAME` or has
+            as a compile-time parameter. `warps`, `stages` and `pipeline`; on CUDA `f32_dot` ("ieee", "tf32x3", "tf32")
+            and `mixed_dot` ("bf16x3", "bf16x2", "bf16") choose how f32 tiles are multiplied.
 
     Raises:
-        InputError: an option is unknown.
+        InputError: an option is unknown or has no usable value.
     """
     flat = flatten(options)
 

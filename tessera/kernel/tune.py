@@ -10,8 +10,8 @@ In: a `Specialisation` from the launch path. Out: a `Choice` that stands where t
 launch with a key compiles each schedule, times it on copies of what the kernel writes, and keeps the fastest in
 the cache folder (TESSERA_CACHE_DIR); from then on, also in other processes, nothing is measured. Every schedule
 computes the same function; on CPU to the bit, unless the kernel itself reads its block sizes, as attention does; on
-CUDA a schedule's BK fixes the order of a matmul's sum. A schedule that does not compile, or whose results are not those
-of the kernel without one, is left out with a warning.
+CUDA a schedule's BK fixes the order of a matmul's sum. A schedule that does not compile or run, or whose results are
+not those of the kernel without one, is left out with a warning. An assertion that fails without a schedule is raised.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import statistics
 import threading
 import time
@@ -29,13 +30,14 @@ from typing import Any
 
 import torch
 
-from tessera.errors import CompileError, InputError, TesseraError
+from tessera.errors import CompileError, InputError, LaunchError, TesseraError
 from tessera.kernel import backends, cache, ir
 from tessera.kernel.ir import Function
 from tessera.kernel.schedule import flatten
 from tessera.kernel.specialise import Specialisation, set_default_tuner
 
 KEY_PARTS = ("arch", "dtype", "shape")
+MAX_SCHEDULES = 4096
 _REPEATS = 5
 _DEFAULT_SPACES = {
     "cpu": {"BM": [16, 64, 128], "BN": [128, 256, 512]},
@@ -69,6 +71,11 @@ class Tuner:
     schedules: tuple[Mapping[str, Any], ...]
     key: tuple[str, ...]
     budget: float
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What compile-time parameters of these names are before a schedule is chosen."""
+        return self.schedules[0]
 
     def __call__(self, specialisation: Specialisation) -> Choice:
         return Choice(specialisation, self)
@@ -116,19 +123,31 @@ class Choice:
             return json.dumps(self._measure(args, sizes)).encode()
 
         identity = json.dumps(["tune", self._identity(args), [*map(repr, key)]])
-        report = json.loads(cache.cached(identity, measure))
-        best = int(report["best"])
+        report = self._read(cache.cached(identity, measure)) or self._read(measure())
+        assert report is not None
+        best, seconds, skipped = report
         names = [_text(schedule) for schedule in self._tuner.schedules]
         _results.append(Result(
             kernel=self._specialisation.name, key=key, schedule=self._tuner.schedules[best], measured=bool(measured),
-            seconds={names[int(i)]: s for i, s in report["seconds"].items()},
-            skipped={names[int(i)]: why for i, why in report["skipped"].items()}))
+            seconds={names[i]: s for i, s in seconds.items()}, skipped={names[i]: why for i, why in skipped.items()}))
         return self._compiled(best)
+
+    def _read(self, stored: bytes) -> tuple[int, dict[int, float], dict[int, str]] | None:
+        """The best schedule, the seconds of those that work, and why others do not; None if it cannot be that."""
+        try:
+            report = json.loads(stored)
+            seconds = {int(i): float(s) for i, s in report["seconds"].items()}
+            skipped = {int(i): str(why) for i, why in report["skipped"].items()}
+            best = int(report["best"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        known = range(len(self._tuner.schedules))
+        return (best, seconds, skipped) if best in known and all(i in known for i in (*seconds, *skipped)) else None
 
     def _identity(self, args: Sequence[Any]) -> list[str]:
         """What a stored choice belongs to, besides its key: the kernel, the schedules, the machine."""
         function = self._specialisation.function
-        text = f"{function}\n{[_text(schedule) for schedule in self._tuner.schedules]}"
+        text = f"{function}\n{_text(function.schedule)}\n{[_text(schedule) for schedule in self._tuner.schedules]}"
         arch = _arch(self._specialisation.backend, args) if "arch" in self._tuner.key else ""
         return [hashlib.sha256(text.encode()).hexdigest(), self._specialisation.backend, arch]
 
@@ -142,6 +161,7 @@ class Choice:
     def _measure(self, args: Sequence[Any], sizes: Sequence[int]) -> dict[str, Any]:
         """{"best": index, "seconds": {index: s}, "skipped": {index: why}}; the first of equals is best."""
         trial = _Trial(args, sizes, self._specialisation.outputs)
+        trial.expect(lambda: self._specialisation.compiled)
         seconds: dict[int, float] = {}
         skipped: dict[int, str] = {}
         started = time.perf_counter()
@@ -151,10 +171,10 @@ class Choice:
                 continue
             try:
                 run = self._compiled(index)
-                trial.check(run, lambda: self._specialisation.compiled)
+                trial.check(run)
                 seconds[index] = _median_seconds(lambda run=run: run(trial.args, sizes), args)  # type: ignore[misc]
-            except TesseraError as error:
-                skipped[index] = " ".join(str(error).split())
+            except Exception as error:  # whatever a compiler or a driver raises
+                skipped[index] = " ".join(str(error).split()) or type(error).__name__
                 _log.warning("kernel %s: schedule %s left out: %s", self._specialisation.name, _text(schedule),
                              skipped[index])
         if not seconds:
@@ -172,22 +192,32 @@ class _Trial:
         self._before = {i: args[i] for i in outputs}
         self._expected: list[torch.Tensor] | None = None
         for i in outputs:
-            self.args[i] = args[i].clone()
+            self.args[i] = args[i].detach().clone()
 
-    def check(self, run: backends.Compiled, untuned: Callable[[], backends.Compiled]) -> None:
+    def expect(self, untuned: Callable[[], backends.Compiled]) -> None:
+        """Take the results of the kernel without a schedule as those that are right.
+
+        Raises:
+            LaunchError: it fails with these arguments; so it would under any schedule.
+        """
+        try:
+            self._expected = self._results(untuned())
+        except LaunchError:
+            raise
+        except TesseraError:
+            pass  # it needs a schedule: the first that works is the measure of the others
+
+    def check(self, run: backends.Compiled) -> None:
         """Run once, which may compile and touches cold memory.
 
         Raises:
-            CompileError: the results differ from those of `untuned` by more than another order of sums explains.
+            CompileError: the results differ from those expected by more than another order of sums explains.
         """
+        results = self._results(run)
         if self._expected is None:
-            try:
-                self._expected = self._results(untuned())
-            except TesseraError:  # the kernel needs a schedule: the first that works is the measure of the others
-                self._expected = self._results(run)
-        for found, expected in zip(self._results(run), self._expected):
-            if not _is_close(found, expected):
-                raise CompileError("its results differ from those of the kernel without a schedule")
+            self._expected = results
+        if not all(map(_is_close, results, self._expected)):
+            raise CompileError("its results differ from those of the kernel without a schedule")
 
     def _results(self, run: backends.Compiled) -> list[torch.Tensor]:
         for i, before in self._before.items():
@@ -262,11 +292,31 @@ def _schedules(configs: Sequence[Mapping[str, Any]] | None,
     if (configs is None) == (space is None):
         raise InputError("autotune: expected either configs=[{...}, ...] or space={name: [values]}")
     if space is not None:
+        if not isinstance(space, Mapping) or not all(isinstance(values, (list, tuple, range))
+                                                     for values in space.values()):
+            raise InputError(f"autotune: space={space!r} given; expected {{name: [values]}}")
+        count = math.prod(len(values) for values in space.values())
+        if count > MAX_SCHEDULES:
+            raise InputError(f"autotune: space has {count} combinations; expected at most {MAX_SCHEDULES}")
         configs = [dict(zip(space, values)) for values in itertools.product(*space.values())]
-    found = tuple(flatten(config) for config in configs or ())
+    if not isinstance(configs, (list, tuple)):
+        raise InputError(f"autotune: configs={configs!r} given; expected a list of schedules such as {{'BM': 64}}")
+    found = tuple(flatten(config) for config in configs)
     if not found:
         raise InputError("autotune: no schedule to try; expected at least one")
     return found
+
+
+def _names(what: str, given: Any, expected: str) -> tuple[str, ...]:
+    if not isinstance(given, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in given):
+        raise InputError(f"autotune: {what}={given!r} given; expected {expected}")
+    return tuple(given)
+
+
+def _seconds(budget: Any) -> float:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0:
+        raise InputError(f"autotune: budget={budget!r} given; expected seconds, 0 or more")
+    return float(budget)
 
 
 class _Autotune:
@@ -284,12 +334,14 @@ class _Autotune:
                 machine: a stored choice serves no other). Each dtype is always measured by itself.
             budget: seconds that a search may take, compiling included; at least one schedule is tried.
 
+        A block size with the name of a compile-time parameter (`BM: ts.constexpr`) is its value, unless a launch gives
+        another than its default.
+
         Raises:
             InputError: an option is unknown, or both or neither of configs and space are given.
         """
-        if isinstance(key, str) or not all(isinstance(name, str) for name in key):
-            raise InputError(f"autotune: key={key!r} given; expected a list of names")
-        tuner = Tuner(schedules=_schedules(configs, space), key=tuple(key), budget=float(budget))
+        tuner = Tuner(schedules=_schedules(configs, space), key=_names("key", key, "a list of names"),
+                      budget=_seconds(budget))
 
         def apply(target: Any) -> Any:
             if hasattr(target, "with_tuner"):
@@ -310,12 +362,13 @@ class _Autotune:
             budget: seconds that a search may take, compiling included.
 
         Raises:
-            InputError: another name in cache_key.
+            InputError: another name in cache_key, a budget below 0.
         """
-        unknown = [name for name in cache_key if name not in KEY_PARTS]
-        if isinstance(cache_key, str) or unknown:
-            raise InputError(f"autotune: cache_key={cache_key!r} given; expected names out of {', '.join(KEY_PARTS)}")
-        tuners = {backend: Tuner(schedules=({}, *_schedules(None, space)), key=tuple(cache_key), budget=float(budget))
+        expected = f"names out of {', '.join(KEY_PARTS)}"
+        key, limit = _names("cache_key", cache_key, expected), _seconds(budget)
+        if not set(key) <= set(KEY_PARTS):
+            raise InputError(f"autotune: cache_key={cache_key!r} given; expected {expected}")
+        tuners = {backend: Tuner(schedules=({}, *_schedules(None, space)), key=key, budget=limit)
                   for backend, space in _DEFAULT_SPACES.items()}
 
         def tune(specialisation: Specialisation) -> Choice | None:

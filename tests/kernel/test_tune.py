@@ -12,7 +12,7 @@ import torch
 
 import tessera as ts
 from tessera import Tile, autotune, f32, int32, tile
-from tessera.errors import CompileError, InputError
+from tessera.errors import CompileError, InputError, LaunchError
 from tessera.kernel import specialise, tune
 
 
@@ -176,6 +176,75 @@ def test_schedules_with_other_results_are_left_out_and_reported(monkeypatch, cap
     assert "kernel broken: schedule BM=16 left out: its results differ from those of the kernel without" in caplog.text
 
 
+def test_schedules_that_fail_in_any_way_are_left_out(monkeypatch):
+    scripted(monkeypatch, [1])
+    kernel = autotune(configs=BLOCKS)(ts.kernel(which_block))
+    make = tune.Choice._compiled
+
+    def failing(self, index):
+        if index == 0:
+            raise RuntimeError("the driver says no")
+        return make(self, index)
+
+    monkeypatch.setattr(tune.Choice, "_compiled", failing)
+    assert chosen(kernel) == 32 and autotune.report()[0].skipped == {"BM=16": "the driver says no"}
+
+
+def test_an_assertion_fails_as_it_does_untuned():
+    @autotune(configs=BLOCKS)
+    @ts.kernel
+    def checked(x: Tile["N", f32], o: Tile["N", f32]):
+        for i in tile.grid(x.shape[0]):
+            assert x[i] > 0.0
+            o[i] = x[i]
+
+    x, o = torch.ones(3), torch.zeros(3)
+    with pytest.raises(LaunchError, match="assertion failed"):
+        checked(-x, o)
+    checked(x, o)
+    assert torch.equal(o, x) and len(autotune.report()) == 1
+
+
+def block_of(x: Tile["N", f32], o: Tile["N", f32], BM: ts.constexpr = 8):
+    for i in tile.grid(tile.cdiv(x.shape[0], BM)):
+        o[i * BM:i * BM + BM] = x[i * BM:i * BM + BM] + BM / 2**20
+
+
+def test_schedules_set_compile_time_parameters(monkeypatch):
+    scripted(monkeypatch, [3, 1, 2])
+    x, o = torch.ones(100), torch.empty(100)
+
+    def block(kernel, *given):
+        kernel(x, o, *given)
+        return int((o[0].item() - 1) * 2**20)
+
+    plain = ts.kernel(block_of)
+    assert block(plain) == 8 and block(plain.with_schedule(BM=48)) == 48
+    assert block(autotune(configs=BLOCKS)(plain)) == 32
+    assert block(autotune(configs=BLOCKS)(plain), 24) == 24  # given at the launch
+    needed = copy_of(block_of)
+    needed.__defaults__ = None
+    assert block(autotune(configs=[{"BM": 64}, {"BM": 16}])(ts.kernel(needed))) == 16
+
+
+def test_a_kernels_own_schedule_tells_stored_choices_apart(monkeypatch):
+    timed = scripted(monkeypatch, [1])
+    a, b, out = draw(3, 4), draw(4, 5), torch.empty(3, 5)
+    for size in (128, 256):
+        autotune(configs=BLOCKS)(ts.kernel(matmul).with_schedule(BN=size))(a, b, out)
+    assert len(timed) == 6
+
+
+@pytest.mark.parametrize("text", [b"{}", b"[1]", b"no json", b'{"best": 7, "seconds": {}, "skipped": {}}',
+                                  b'{"best": 0, "seconds": {"9": 1}, "skipped": {}}',
+                                  b'{"best": "x", "seconds": {}, "skipped": []}'])
+def test_a_stored_choice_that_makes_no_sense_is_measured_anew(monkeypatch, text):
+    timed = scripted(monkeypatch, [2, 1, 3])
+    cached = tune.cache.cached
+    monkeypatch.setattr(tune.cache, "cached", lambda key, make: text if '"tune"' in key else cached(key, make))
+    assert chosen(autotune(configs=BLOCKS)(ts.kernel(which_block))) == 32 and len(timed) == 3
+
+
 def test_a_search_that_is_killed_leaves_nothing_behind(monkeypatch):
     timed = scripted(monkeypatch, [1, KeyboardInterrupt, 1, 1, 1])
     monkeypatch.setattr(tune, "_median_seconds", interrupted(tune._median_seconds))
@@ -268,7 +337,24 @@ def test_enable_tunes_matmuls_without_a_schedule(monkeypatch):
     (lambda: autotune(space={"BM": [0]}), "block size BM=0"),
     (lambda: autotune(configs=[{}], key="N"), "expected a list of names"),
     (lambda: autotune(configs=[{}])(3), "expected a kernel or a function"),
+    (lambda: autotune(configs=[{}], key=3), "key=3 given; expected a list of names"),
+    (lambda: autotune(configs=3), "configs=3 given; expected a list of schedules"),
+    (lambda: autotune(configs=[3]), "schedule: 3 given; expected a mapping"),
+    (lambda: autotune(configs={"BM": 16}), "configs={'BM': 16} given; expected a list of schedules"),
+    (lambda: autotune(space=["BM"]), r"space=\['BM'\] given; expected {name: \[values\]}"),
+    (lambda: autotune(space={"BM": 16}), "space={'BM': 16} given"),
+    (lambda: autotune(space={f"B{x}": range(1, 100) for x in "KMN"}), "970299 combinations; expected at most 4096"),
+    (lambda: autotune(configs=[{}], budget=-1), "budget=-1 given; expected seconds, 0 or more"),
+    (lambda: autotune(configs=[{"tile": {"bm": 16}}]), "expected names in capitals such as 'BM'"),
+    (lambda: autotune(configs=[{"warps": 3}]), "warps=3 given; expected one of 1, 2, 4, 8, 16, 32"),
+    (lambda: autotune(configs=[{"warps": True}]), "warps=True given"),
+    (lambda: autotune(configs=[{"stages": 0}]), "stages=0 given; expected one of 1, 2"),
+    (lambda: autotune(configs=[{"pipeline": "no"}]), "pipeline='no' given; expected one of False, True"),
     (lambda: autotune.enable(cache_key=("arch", "batch")), "expected names out of arch, dtype, shape"),
+    (lambda: autotune.enable(cache_key=5), "expected names out of arch, dtype, shape"),
+    (lambda: autotune.enable(budget=-1), "budget=-1 given; expected seconds, 0 or more"),
+    (lambda: autotune.enable(budget=float("nan")), "budget=nan given"),
+    (lambda: autotune.enable(budget="5"), "budget='5' given"),
 ])
 def test_wrong_arguments(make, message):
     with pytest.raises(InputError, match=message):
