@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -46,6 +46,8 @@ class Limits:
     flops_per_s: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.flops_per_s, Mapping):
+            raise InputError(f"limits: flops_per_s={self.flops_per_s!r} given; expected a rate for each class")
         if not self.bytes_per_s > 0 or not all(rate > 0 for rate in self.flops_per_s.values()):
             raise InputError(f"limits: {self} given; expected rates above 0")
         if "f32" not in self.flops_per_s:
@@ -136,26 +138,29 @@ class Session:
         costs: dict[Any, Cost] = {}
 
         def counted(args: Sequence[Any], sizes: Sequence[int]) -> Cost:
+            specialisation.resolve(args, sizes)  # a search for a schedule is no time of the kernel
             key = (*sizes, *(args[i] for i in scalars))
             if key not in costs:
                 costs[key] = cost(specialisation.function, args, sizes)
             return costs[key]
 
         def timed(args: Sequence[Any], sizes: Sequence[int]) -> None:
+            spent = counted(args, sizes)
             start = time.perf_counter()
             run(args, sizes)
             seconds = time.perf_counter() - start
-            self._add(specialisation, sizes, counted(args, sizes), start - self._opened, seconds)
+            self._add(specialisation, sizes, spent, start - self._opened, seconds)
 
         def timed_on_stream(args: Sequence[Any], sizes: Sequence[int]) -> None:
             if torch.cuda.is_current_stream_capturing():
                 return run(args, sizes)
+            spent = counted(args, sizes)
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             run(args, sizes)
             last.record()
             with self._lock:
-                self._pending.append((specialisation, sizes, counted(args, sizes), first, last))
+                self._pending.append((specialisation, sizes, spent, first, last))
                 full = len(self._pending) >= 10_000
             if full:
                 self._settle()
@@ -200,16 +205,21 @@ def session(exporters: Sequence[Exporter] = (), *, limits: Mapping[str, Limits] 
         limits: {"cpu": Limits(...), "cuda": ...}; measured once a machine where not given.
         max_events: launches that a trace shows.
     """
+    if not isinstance(exporters, (list, tuple)):
+        raise InputError(f"exporters: {exporters!r} given; expected a list of profile.summary(path) and the like")
     for exporter in exporters:
         if not callable(exporter):
             raise InputError(f"exporters: {exporter!r} given; expected profile.summary(path) and the like")
+    if limits is not None and not (isinstance(limits, Mapping) and all(isinstance(v, Limits) for v in limits.values())):
+        raise InputError(f"limits: {limits!r} given; expected {{'cpu': profile.Limits(...)}}")
+    if not isinstance(max_events, int) or max_events < 0:
+        raise InputError(f"max_events: {max_events!r} given; expected a number of launches")
     opened = Session(limits, max_events)
-    try:
+    with ExitStack() as at_end:
+        for exporter in reversed(exporters):  # each runs, also when another fails
+            at_end.callback(exporter, opened)
         with observing(opened.wrap):
             yield opened
-    finally:
-        for exporter in exporters:
-            exporter(opened)
 
 
 COLUMNS = ("kernel", "backend", "calls", "seconds", "bytes", "flops", "gb_per_s", "gflop_per_s", "fraction_of_limit")
@@ -219,7 +229,7 @@ def summary(path: str | os.PathLike[str]) -> Exporter:
     """Writes a CSV with one line a kernel: COLUMNS.
 
     Raises:
-        InputError: the path's folder does not exist.
+        InputError: the path is a folder, or is in none.
     """
     target = _writable(path)
 
@@ -240,7 +250,7 @@ def chrome_trace(path: str | os.PathLike[str]) -> Exporter:
     """Writes the launches as a trace that chrome://tracing and Perfetto show.
 
     Raises:
-        InputError: the path's folder does not exist.
+        InputError: the path is a folder, or is in none.
     """
     target = _writable(path)
 
@@ -255,9 +265,13 @@ def chrome_trace(path: str | os.PathLike[str]) -> Exporter:
 
 
 def _writable(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"path: {path!r} given; expected the path of a file")
     target = Path(path)
     if not target.parent.is_dir():
         raise InputError(f"path: {str(path)!r} given; the folder {str(target.parent)!r} does not exist")
+    if target.is_dir():
+        raise InputError(f"path: {str(path)!r} given; expected a file, this is a folder")
     return target
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import tessera as ts
 from tessera import Tile, f32, profile, tile
 from tessera.errors import InputError, LaunchError
-from tessera.kernel import specialise
+from tessera.kernel import specialise, tune
 from tessera.kernel.cost import Cost
 
 LIMITS = {"cpu": profile.Limits(bytes_per_s=1e9, flops_per_s={"f32": 1e9, "bf16": 4e9})}
@@ -106,6 +107,38 @@ def test_files_are_written_after_an_error_and_failed_launches_do_not_count(tmp_p
     assert not specialise.is_observed()
 
 
+def test_exporters_run_when_others_fail(tmp_path):
+    def fail(session):
+        raise OSError("disk full")
+
+    with (pytest.raises(OSError, match="disk full"),
+          profile.session([fail, profile.summary(tmp_path / "k.csv")], limits=LIMITS)):
+        launch_double(make_kernels()[0], 10)
+    assert len((tmp_path / "k.csv").read_text().splitlines()) == 2
+    assert not specialise.is_observed()
+
+
+def test_searching_for_a_schedule_is_no_time_of_the_kernel(monkeypatch, tmp_path):
+    monkeypatch.setenv("TESSERA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tune, "_median_seconds", lambda run, args: time.sleep(0.3) or 1.0)
+    tuned = ts.autotune(configs=[{"BM": 16}])(make_kernels()[1])
+    with profile.session(limits=LIMITS) as session:
+        tuned(torch.ones(7, 3), torch.ones(3, 5), torch.empty(7, 5))
+    (row,) = session.rows
+    assert row.calls == 1 and row.seconds < 0.3
+
+
+def test_sessions_nest():
+    double, _ = make_kernels()
+    with profile.session(limits=LIMITS) as outer:
+        launch_double(double, 3)
+        with profile.session(limits=LIMITS) as inner:
+            launch_double(double, 5)
+        launch_double(double, 7)
+    assert [event.sizes["N"] for event in outer.events] == [3, 5, 7]
+    assert [event.sizes["N"] for event in inner.events] == [5]
+
+
 def test_threads_are_counted_together():
     double, _ = make_kernels()
     with profile.session(limits=LIMITS, max_events=10) as session:
@@ -145,7 +178,14 @@ def test_measured_limits_are_those_of_this_machine():
     (lambda: profile.chrome_trace("/nowhere/at/all.json"), "does not exist"),
     (lambda: profile.Limits(bytes_per_s=0, flops_per_s={"f32": 1.0}), "rates above 0"),
     (lambda: profile.Limits(bytes_per_s=1, flops_per_s={"bf16": 1.0}), "a rate for 'f32'"),
+    (lambda: profile.Limits(bytes_per_s=1, flops_per_s=1.0), "a rate for each class"),
+    (lambda: profile.summary("/"), "expected a file, this is a folder"),
+    (lambda: profile.chrome_trace(None), "path: None given; expected the path of a file"),
     (lambda: profile.session(exporters=["x.csv"]).__enter__(), "expected profile.summary"),
+    (lambda: profile.session(profile.summary("x.csv")).__enter__(), "expected a list of profile.summary"),
+    (lambda: profile.session(limits=LIMITS["cpu"]).__enter__(), "expected {'cpu': profile.Limits"),
+    (lambda: profile.session(limits={"cpu": 1e9}).__enter__(), "limits: {'cpu': 1000000000.0} given"),
+    (lambda: profile.session(max_events=-1).__enter__(), "max_events: -1 given"),
 ])
 def test_wrong_arguments(make, message):
     with pytest.raises(InputError, match=message):
