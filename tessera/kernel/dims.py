@@ -12,18 +12,43 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Self
 
 from tessera.errors import InputError
 
 
-@dataclass(frozen=True)
-class Term:
+class _Expression:
+    """What grows with an expression is found once: expressions share their parts, and are keys of many tables."""
+
+    _text: str
+    _hash: int
+
+    def __str__(self) -> str:
+        return self._text
+
+    __repr__ = __str__
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        # Without what is cached: texts hash differently in another process.
+        return {name: part for name, part in vars(self).items() if name not in ("_text", "_hash", "atoms")}
+
+
+@dataclass(frozen=True, repr=False)
+class Term(_Expression):
     """A non-polynomial atom: `op` is "//", "%", "min" or "max"."""
 
     op: str
     left: Dim
     right: Dim
+
+    __hash__ = _Expression.__hash__
 
     def value(self, sizes: Mapping[str, int]) -> int:
         """The number it is at the given sizes."""
@@ -34,7 +59,12 @@ class Term:
             return left % right
         return min(left, right) if self.op == "min" else max(left, right)
 
-    def __str__(self) -> str:
+    @cached_property
+    def _hash(self) -> int:  # type: ignore[override]
+        return hash((self.op, self.left, self.right))
+
+    @cached_property
+    def _text(self) -> str:  # type: ignore[override]
         if self.op in ("min", "max"):
             return f"{self.op}({self.left}, {self.right})"
         return f"({self.left}){self.op}({self.right})"
@@ -44,11 +74,13 @@ Atom = str | Term
 Monomial = tuple[Atom, ...]  # sorted by text, repeated for powers; () is the constant term
 
 
-@dataclass(frozen=True)
-class Dim:
+@dataclass(frozen=True, repr=False)
+class Dim(_Expression):
     """A size: a sum of integer multiples of products of atoms, in normal form. Immutable and hashable."""
 
     terms: tuple[tuple[Monomial, int], ...]
+
+    __hash__ = _Expression.__hash__
 
     @staticmethod
     def of(value: Dim | int | str) -> Dim:
@@ -77,7 +109,7 @@ class Dim:
             return self.terms[0][1]
         return None
 
-    @property
+    @cached_property
     def atoms(self) -> frozenset[str]:
         """Names and SSA scalars that the value depends on."""
         found: set[str] = set()
@@ -176,7 +208,12 @@ class Dim:
             total += product
         return total
 
-    def __str__(self) -> str:
+    @cached_property
+    def _hash(self) -> int:  # type: ignore[override]
+        return hash(self.terms)
+
+    @cached_property
+    def _text(self) -> str:  # type: ignore[override]
         if not self.terms:
             return "0"
         parts = []
@@ -188,8 +225,6 @@ class Dim:
             else:
                 parts.append(product if factor == 1 else f"-{product}" if factor == -1 else f"{factor}*{product}")
         return "+".join(parts).replace("+-", "-")
-
-    __repr__ = __str__
 
 
 def split_fraction(atom: str) -> tuple[str, int]:

@@ -183,3 +183,48 @@ def test_targets():
     assert host.lanes(32) * 32 == host.vector_bits and host.key != target("generic").key
     assert target("sapphirerapids").has_avx512bf16 and target("x86-64-v4").vector_bits == 512
     assert not target("x86-64-v4").has_vnni and target("avx2").vector_registers == 16
+
+
+def test_code_apart_reads_what_is_around_it():
+    x, found = np.arange(7, dtype=np.float32), np.zeros(7, np.float32)
+
+    def body(b: Builder, pointers: list[Val], n: Val) -> None:
+        source, to = pointers
+        slot = b.alloca(F32)
+        with b.for_(0, n) as row:
+            scale = b.cast("sitofp", row.i, F32)
+            with b.apart("outer"):
+                with b.for_(0, 3, carry=[const(0.0, F32)]) as loop:
+                    loop.next([b.fma(scale, b.load(b.gep(source, row.i, F32), F32), loop.carry[0])])
+                b.store(loop.results[0], slot)
+                with b.if_(b.cmp("gt", row.i, 2)), b.apart("inner"):
+                    b.store(b.add(b.load(slot, F32), 1.0), slot)
+            b.store(b.load(slot, F32), b.gep(to, row.i, F32))
+        assert len(b.module.functions) == 3
+
+    run(body, x, found, n=7)
+    assert np.array_equal(found, 3 * x * x + (x > 2))
+
+
+@pytest.mark.parametrize("helper", [False, True])
+def test_little_code_stays_where_it_is(helper):
+    """Instructions of functions that are inlined count."""
+    module = Module()
+    function = module.function("f", VOID, [("x", PTR)])
+    b, (x,) = function.builder, function.args
+
+    def long(made):
+        inner, total = made.builder, made.args[0]
+        for _ in range(20):
+            total = inner.add(total, 1.0)
+        inner.ret(total)
+
+    with b.apart("part", least=15):
+        y = b.load(x, F32)
+        b.store(b.call(module.helper("long", F32, [("x", F32)], long), y) if helper else b.add(y, 1.0), x)
+    b.ret()
+    assert len(module.functions) == (3 if helper else 1)
+    found = np.full(1, 2.0, np.float32)
+    library = jit.load_object(jit.compile_to_object(module.text(), target()), target())
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(library.address("f"))(found.ctypes.data)
+    assert found[0] == (22 if helper else 3)

@@ -52,6 +52,7 @@ class Arithmetic:
         function._count += 1
         name = f"%v{function._count}"
         function.lines.append(f"  {name} = {text}")
+        function.types[name] = ty
         return Val(name, ty)
 
     def start_block(self, label: str) -> None:

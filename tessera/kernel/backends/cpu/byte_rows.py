@@ -87,15 +87,16 @@ def multiply(ctx: Context, p: Rows) -> None:
 def _by_count(ctx: Context, rows: Val, most: int, run: Callable[[int], None]) -> None:
     """run(count) with the smallest count there is code for that holds the rows."""
     b = ctx.b
-    with b.if_(b.cmp("eq", rows, 1)) as one, ctx.scope():
+    with b.if_(b.cmp("eq", rows, 1)) as one, ctx.scope(), b.apart("row"):
         run(1)
     with one.else_(), ctx.scope():
         if most == _FEW:
-            run(_FEW)
+            with b.apart("rows"):
+                run(_FEW)
             return
-        with b.if_(b.cmp("le", rows, _FEW)) as few, ctx.scope():
+        with b.if_(b.cmp("le", rows, _FEW)) as few, ctx.scope(), b.apart("rows"):
             run(_FEW)
-        with few.else_(), ctx.scope():
+        with few.else_(), ctx.scope(), b.apart("rows"):
             run(most)
 
 

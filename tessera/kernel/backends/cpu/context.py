@@ -190,7 +190,7 @@ class Context:
             raise UnsupportedError(
                 f"kernel {self.function.name}: a tile of {nbytes} bytes has a size that only the running kernel "
                 "knows; bound it by a block size (x[i:i+BLOCK])")
-        pointer = Val(f"%scratch{len(self._scratch)}", PTR)
+        pointer = self.llvm.named(f"%scratch{len(self._scratch)}", PTR)
         self._scratch.append((pointer, nbytes))
         return pointer
 

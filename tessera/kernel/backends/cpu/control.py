@@ -124,7 +124,7 @@ def loop_while(ctx: Context, start: Sequence[Val], test: Callable[[Sequence[Val]
     before, lines = b.block, ctx.llvm.lines
     b.line(f"br label %head{number}")
     b.start_block(f"head{number}")
-    state = [Val(f"%w{number}.{k}", v.ty) for k, v in enumerate(start)]
+    state = [ctx.llvm.named(f"%w{number}.{k}", v.ty) for k, v in enumerate(start)]
     phis = len(lines)
     lines.extend([""] * len(state))
     with ctx.scope():

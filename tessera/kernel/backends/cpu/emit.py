@@ -26,6 +26,7 @@ Conventions:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -63,16 +64,24 @@ __all__ = [
 ]
 
 
+_NAME = re.compile(r"%[a-z]\w*(?:\.\d+)?")
+_CALLED = re.compile(r" call [^@]*@(\w+)")
+_MADE = re.compile(r"^  (%[a-z]\w*(?:\.\d+)?) =", re.MULTILINE)
+
+
 class Function(Callee):
     """A function definition under construction: `args` are its parameters, `builder` appends to its body."""
 
     def __init__(self, module: Module, name: str, ret: str, params: Sequence[tuple[str, str]],
-                 head: str) -> None:
+                 head: str, *, inline: bool = False) -> None:
         super().__init__(name, ret, [ty.split(" ", 1)[0] if ty.startswith(PTR) else ty for _, ty in params])
         self.module = module
         self.args = [Val(f"%{arg}", ty) for (arg, _), ty in zip(params, self.params)]
         self.allocas: list[str] = []
         self.lines: list[str] = []
+        self.types = {arg.name: arg.ty for arg in self.args}  # of all values
+        self.label = "start"  # of the first block
+        self.inline = inline
         self._head = head
         self._count = 0
         self.builder = Builder(self)
@@ -87,8 +96,14 @@ class Function(Callee):
         self._count += 1
         return self._count
 
+    def named(self, name: str, ty: str) -> Val:
+        """The value that will have this name."""
+        self.types[name] = ty
+        return Val(name, ty)
+
     def text(self) -> str:
-        return "\n".join([self._head + " {", "entry:", *self.allocas, "  br label %start", "start:",
+        """The function as LLVM assembly."""
+        return "\n".join([self._head + " {", "entry:", *self.allocas, f"  br label %{self.label}", f"{self.label}:",
                           *self.lines, "}"])
 
 
@@ -120,7 +135,7 @@ class Module:
         inlining = {True: " alwaysinline", False: " noinline", None: ""}[inline]
         args = ", ".join(f"{ty} %{arg}" for arg, ty in params)
         head = f"define {'internal ' if internal else ''}{ret} @{name}({args}) nounwind{inlining}"
-        function = Function(self, name, ret, params, f"{head} {attrs}".rstrip())
+        function = Function(self, name, ret, params, f"{head} {attrs}".rstrip(), inline=bool(inline))
         self.functions[name] = function
         return function
 
@@ -130,6 +145,13 @@ class Module:
         if name not in self.functions:
             body(self.function(name, ret, params, internal=True, inline=inline))
         return self.functions[name]
+
+    def inlined(self, name: str) -> int:
+        """Instructions that a call of a function becomes, besides itself."""
+        function = self.functions.get(name)
+        if function is None or not function.inline:
+            return 0
+        return len(function.lines) + sum(map(self.inlined, _CALLED.findall("\n".join(function.lines))))
 
     def declare(self, name: str, ret: str, params: Sequence[str], *, attrs: str = "") -> Callee:
         """An intrinsic or an outside symbol with this signature."""
@@ -232,7 +254,8 @@ class Builder(Instructions):
             guard = self.cmp("lt", first, last)
             self.line(f"br {guard}, label %{body}, label %{after}")
         self.start_block(body)
-        loop = Loop(Val(f"%i{number}", I64), [Val(f"%c{number}.{k}", v.ty) for k, v in enumerate(carry)])
+        named = self.function.named
+        loop = Loop(named(f"%i{number}", I64), [named(f"%c{number}.{k}", v.ty) for k, v in enumerate(carry)])
         phis = len(lines)
         lines.extend([""] * (1 + len(carry)))
         yield loop
@@ -265,6 +288,33 @@ class Builder(Instructions):
         branch._jump = len(self.function.lines)
         self.line(f"br label %else{number}")
         self.start_block(f"else{number}")
+
+    @contextmanager
+    def apart(self, name: str, *, least: int = 0) -> Iterator[None]:
+        """The with block becomes a function of its own, called here with what it reads of the code around it.
+
+        It hands nothing on but what it stores. Functions are what the threads that make machine code share
+        (`halves.py`), and what takes long in a large one is done sooner in two of half its size.
+
+        Args:
+            least: instructions that it has to have; with fewer it stays where it is.
+        """
+        outer, start = self.function, len(self.function.lines)
+        label = self.block
+        yield
+        lines = outer.lines[start:]
+        text = "\n".join(lines)
+        if len(lines) + sum(self.module.inlined(called) for called in _CALLED.findall(text)) < least:
+            return
+        made = set(_MADE.findall(text))
+        read = [read for read in dict.fromkeys(_NAME.findall(text)) if read not in made and read in outer.types]
+        del outer.lines[start:]
+        inner = self.module.function(f"{outer.name}_{name}{outer.unique()}", VOID,
+                                     [(read[1:], outer.types[read]) for read in read], internal=True, inline=False)
+        inner.label, inner.lines = label, lines
+        inner.builder.ret()
+        self.block = label
+        self.call(inner, *(Val(name, outer.types[name]) for name in read))
 
     def ret(self, v: Val | None = None) -> None:
         """Return from the function; ends its last block."""

@@ -84,7 +84,7 @@ class Instructions(Arithmetic):
         """`count` elements of type `ty` on the stack for the whole call (placed in the entry block)."""
         name = f"%a{self.function.unique()}"
         self.function.allocas.append(f"  {name} = alloca {ty}, i64 {count}, align {align}")
-        return Val(name, PTR)
+        return self.function.named(name, PTR)
 
     def gep(self, base: Val, index: Operand, ty: str) -> Val:
         """The address of element `index` (of type `ty`) behind `base`; a vector of indices gives a vector."""

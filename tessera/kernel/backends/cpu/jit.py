@@ -61,12 +61,16 @@ def compile_to_object(ir_text: str, target: Target) -> bytes:
     from tessera.kernel.backends.cpu import halves
 
     with _lock:
-        machine = _machine(target)
-        module = _optimized(ir_text, machine)
         if "asm" in env.get("TESSERA_DUMP").split(","):
-            print(machine.emit_assembly(module), file=sys.stderr)
-        objects = [machine.emit_object(module)] if len(ir_text) < halves.LARGE else \
-            halves.emit(module, (machine, _machine(target, 1)))
+            print(compile_to_asm(ir_text, target), file=sys.stderr)
+        machine = _machine(target)
+        if len(ir_text) < halves.LARGE:
+            objects = [machine.emit_object(_optimized(ir_text, machine))]
+        else:
+            module = _parsed(ir_text, machine)
+            _across_functions().run(module, _pass_builder(machine))
+            first, second = ((m, _within_functions(), _pass_builder(m)) for m in (machine, _machine(target, 1)))
+            objects = halves.emit(module, (first, second))
         return struct.pack(f"<{1 + len(objects)}Q", len(objects), *map(len, objects)) + b"".join(objects)
 
 
@@ -156,6 +160,13 @@ def _machine(target: Target, number: int = 0) -> llvm.TargetMachine:
 
 
 def _optimized(ir_text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    module = _parsed(ir_text, machine)
+    for passes in (_across_functions(), _within_functions()):
+        passes.run(module, _pass_builder(machine))
+    return module
+
+
+def _parsed(ir_text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
     try:
         module = llvm.parse_assembly(ir_text, context=llvm.create_context())
         module.verify()
@@ -163,14 +174,27 @@ def _optimized(ir_text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
         raise CompileError(f"the CPU backend generated invalid LLVM: {_one_line(error)}") from None
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
-    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=1))
+    return module
+
+
+def _pass_builder(machine: llvm.TargetMachine) -> llvm.PassBuilder:
+    return llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=1))
+
+
+def _across_functions() -> llvm.ModulePassManager:
+    """What a function learns from its callers, and takes from those it calls."""
     passes = llvm.create_new_module_pass_manager()
     passes.add_always_inliner_pass()
     passes.add_ipsccp_pass()
     passes.add_dead_arg_elimination_pass()
     passes.add_simplify_cfg_pass()
+    return passes
+
+
+def _within_functions() -> llvm.ModulePassManager:
+    """What each function is simplified by, whoever calls it."""
+    passes = llvm.create_new_module_pass_manager()
     passes.add_new_gvn_pass()
     passes.add_instruction_combine_pass()
     passes.add_simplify_cfg_pass()
-    passes.run(module, builder)
-    return module
+    return passes

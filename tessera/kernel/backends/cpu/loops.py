@@ -17,6 +17,8 @@ from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, sto
 from tessera.kernel.backends.cpu.emit import I32, I64, Val
 from tessera.kernel.ir import TileTy, Value
 
+APART = 60  # instructions of a loop nest that becomes a function of its own
+
 Body = Callable[[Point], None]
 
 
@@ -46,7 +48,8 @@ def sweep(ctx: Context, type_: TileTy, inputs: Sequence[Value], body: Body, lane
             run_lanes(ctx, extents[axis], width, lambda i, mask: body(_at(indices, axis, i, width, mask)))
             indices[axis] = ANY
 
-    nest(0)
+    with ctx.scope(), ctx.b.apart("tile", least=APART):
+        nest(0)
 
 
 def _at(indices: list[Val], axis: int, index: Val, lanes: int, mask: Val | None) -> Point:

@@ -174,7 +174,7 @@ def _matmul(ctx: Context, parts: Sequence[tuple[_Operands, Val, Val]], batch: tu
 
     def few() -> None:
         for part, c, ldc in parts:
-            with ctx.scope():
+            with ctx.b.apart("few"), ctx.scope():
                 part.multiply_few(ctx, batch, m, n, c, ldc)
 
     mma.matmul(ctx.b, products, m=m, n=n, few=None if when is None else (when, few), done=done)

@@ -13,7 +13,7 @@ from tessera.kernel.backends.cpu import emit
 from tessera.kernel.backends.cpu.context import Context, register_type
 from tessera.kernel.backends.cpu.elements import ANY, Point, element, hoist, store
 from tessera.kernel.backends.cpu.emit import I32, I64, Val
-from tessera.kernel.backends.cpu.loops import each, lanes_for, sweep, vector_axis, vector_lanes
+from tessera.kernel.backends.cpu.loops import APART, each, lanes_for, sweep, vector_axis, vector_lanes
 from tessera.kernel.ir import Op, Value
 
 LANES = 64
@@ -46,7 +46,8 @@ def _rows(ctx: Context, value: Value, body: Callable[[tuple[Val, ...]], None]) -
             with each(ctx, ctx.size(value.type.extent(len(indices)))) as index:
                 nest((*indices, index))
 
-    nest(())
+    with ctx.scope(), ctx.b.apart("rows", least=APART):
+        nest(())
 
 
 def _reduce_row(ctx: Context, op: Op, indices: tuple[Val, ...]) -> Val:

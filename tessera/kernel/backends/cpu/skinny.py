@@ -130,7 +130,8 @@ class _Strip:
     def _fast(self, rows: int, panels: int, end: Val, whole: Val) -> None:
         """`rows` x `panels` sums in registers, for the columns up to `end` and `whole` steps."""
         ctx, b, block, width = self.ctx, self.ctx.b, self.w.block, lanes(self.ctx)
-        with b.for_(0, end, panels * width) as column, ctx.scope(), ctx.reading_ahead(panels * width, self.steps):
+        with ctx.scope(), b.apart("fast"), b.for_(0, end, panels * width) as column, ctx.scope(), \
+                ctx.reading_ahead(panels * width, self.steps):
             columns = [b.add(column.i, i * width) for i in range(panels)]
             for at in columns:
                 self.w.find(at, None)
@@ -159,7 +160,8 @@ class _Strip:
         rows = most_rows(self.w)
         going = b.or_(self.going, b.cmp("gt", begin, 0))
         end = b.select(b.cmp("lt", begin, self.steps), end, first)
-        with b.for_(first, end, width) as column, ctx.scope(), ctx.reading_ahead(width, self.steps):
+        with ctx.scope(), b.apart("careful"), b.for_(first, end, width) as column, ctx.scope(), \
+                ctx.reading_ahead(width, self.steps):
             mask = b.lane_mask(b.cast("trunc", b.min(b.sub(end, column.i), width), I32), width)
             self.w.find(column.i, mask)
             sums = self._sums(rows, [column.i], going, mask)
