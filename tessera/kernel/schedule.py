@@ -64,8 +64,8 @@ def schedule(**options: Any) -> Callable[[Any], Any]:
     """Fix a kernel's schedule; stands above or below `@ts.kernel`.
 
     Args:
-        options: `tile`, a mapping of block sizes: "BM", "BN", "BK", and those that the kernel reads as `ctx.NAME` or has
-            as a compile-time parameter; `warps`, `stages`, `pipeline`; and how f32 tiles are multiplied on CUDA:
+        options: `tile`, a mapping of block sizes: "BM", "BN", "BK", and those that the kernel reads as `ctx.NAME` or
+            has as a compile-time parameter; `warps`, `stages`, `pipeline`; and how f32 tiles are multiplied on CUDA:
             `f32_dot` ("ieee", "tf32x3", "tf32"), `mixed_dot` ("bf16x3", "bf16x2", "bf16").
 
     Raises:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tessera as ts
 from tessera import Tensor, Tile, f32, int4, int32, tile
@@ -238,6 +239,45 @@ def test_threads_that_launch_at_once_compile_once(monkeypatch):
         thread.join()
     assert len(compiled) == 1
     assert all((o == 4).all() for _, _, o in outputs)
+
+
+class Wrapper(torch.Tensor):
+    """A subclass whose elements lie elsewhere, as those of DTensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} is not to be called")
+
+
+def freed(x):
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def fake(x):
+    with FakeTensorMode():
+        return torch.empty(x.shape)
+
+
+@pytest.mark.parametrize("make", [Wrapper, freed, fake, torch.Tensor.to_mkldnn])
+@pytest.mark.parametrize("place", [0, 1])
+def test_tensors_without_memory(make, place, monkeypatch):
+    monkeypatch.setenv("TESSERA_BACKEND", "cpu")
+    args = [torch.ones(4), torch.ones(4)]
+    args[place] = make(args[place])
+    with pytest.raises(LaunchError, match=f"{'xo'[place]} is a .* without memory of its own"):
+        halved(*args)
+    with pytest.raises(LaunchError, match="without memory of its own"):
+        torch.func.vmap(lambda x: halved(x, torch.empty(4)))(torch.ones(3, 4))
+
+
+@ts.kernel
+def halved(x: Tile["N", f32], o: Tile["N", f32]):
+    o[:] = x * 0.5
 
 
 def test_unknown_backend_and_device():

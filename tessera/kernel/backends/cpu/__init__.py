@@ -64,13 +64,23 @@ class Compiled:
             kind = type(arg)
             if kind is torch.Tensor or isinstance(arg, torch.Tensor):
                 if kind is FakeTensor:  # its address is nowhere
-                    raise LaunchError(f"{self._function.name}: a FakeTensor given, which has no memory; expected "
-                                      "tensors with values")
-                slots.append(arg.data_ptr())
+                    raise self._without_memory(args, arg)
+                try:
+                    address = arg.data_ptr()
+                except RuntimeError:  # under torch.func; of another library's layout
+                    raise self._without_memory(args, arg) from None
+                if not address and arg.numel():  # a subclass that wraps others; a storage that was let go
+                    raise self._without_memory(args, arg)
+                slots.append(address)
                 slots += arg.stride()
             else:
                 slots.append(arg)
         return self._pack(*slots, *sizes, threads, 0)
+
+    def _without_memory(self, args: Sequence[Any], arg: torch.Tensor) -> LaunchError:
+        name = next(p.name for p, given in zip(self._function.params, args) if given is arg)
+        return LaunchError(f"kernel {self._function.name}: {name} is a {type(arg).__name__} without memory of its own; "
+                           "expected a tensor with values")
 
     def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
         threads = torch.get_num_threads()
