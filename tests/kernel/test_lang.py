@@ -10,7 +10,7 @@ import torch
 import tessera as ts
 from tessera import Tensor, Tile, bf16, f32, f64, int8, int32, tile
 from tessera.errors import InputError
-from tests.kernel.backends import launch
+from tests.kernel.backends import BACKENDS, launch
 
 ELEMENTWISE = {
     "exp": torch.exp, "exp2": torch.exp2, "expm1": torch.expm1, "log": torch.log, "log2": torch.log2,
@@ -46,6 +46,21 @@ def unary(x: Tensor["S", "D"], o: Tensor["S", "D"], name: str):
     for known, function in FUNCTIONS:
         if known == name:
             o[:] = function(x)
+
+
+@ts.kernel
+def tanh_gelu(x: Tensor["N", f32], o: Tensor["N", f32]):
+    o[:] = tile.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gelu_by_tanh_keeps_its_tail(backend):
+    x = torch.linspace(-9, 9, 999)
+    out = torch.empty_like(x)
+    launch(tanh_gelu, backend, x, out)
+    u = x.double() + 0.044715 * x.double() ** 3
+    expected = x.double() * torch.sigmoid(math.sqrt(8 / math.pi) * u)
+    torch.testing.assert_close(out.double(), expected, rtol=3e-5, atol=0)
 
 
 @ts.kernel

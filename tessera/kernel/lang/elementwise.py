@@ -341,12 +341,11 @@ def gelu(x: Operand, approximate: str = "none") -> Value:
     """x * Phi(x) by erf, or with approximate="tanh" by tanh (Hendrycks & Gimpel 2016)."""
     if approximate == "none":
         inner = unary("erf", binary("mul", x, math.sqrt(0.5)))
-    elif approximate == "tanh":
+        return binary("mul", binary("mul", x, 0.5), binary("add", inner, 1.0))
+    if approximate == "tanh":  # (1 + tanh(u)) / 2 = sigmoid(2u), which keeps its digits where the sum would be 0
         cubic = binary("mul", binary("mul", binary("mul", x, x), x), 0.044715)
-        inner = unary("tanh", binary("mul", binary("add", x, cubic), math.sqrt(2.0 / math.pi)))
-    else:
-        raise TypeRuleError(f'gelu: approximate={approximate!r} given; expected "none" or "tanh"')
-    return binary("mul", binary("mul", x, 0.5), binary("add", inner, 1.0))
+        return binary("mul", x, unary("sigmoid", binary("mul", binary("add", x, cubic), math.sqrt(8.0 / math.pi))))
+    raise TypeRuleError(f'gelu: approximate={approximate!r} given; expected "none" or "tanh"')
 
 
 @builtin

@@ -55,9 +55,6 @@ def reference_sigmoid(x):
 REFERENCE = {
     "exp": np.exp, "exp2": np.exp2, "expm1": np.expm1, "log": np.log, "log2": np.log2, "log1p": np.log1p,
     "sin": np.sin, "cos": np.cos, "tanh": np.tanh, "erf": through_torch(torch.erf), "sigmoid": reference_sigmoid,
-    "silu": lambda x: x * reference_sigmoid(x),
-    "gelu": lambda x: x / 2 * through_torch(torch.special.erfc)(-x * math.sqrt(0.5)),
-    "gelu_tanh": lambda x: x * reference_sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
     "softplus": lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))),
     "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x),
 }  # fmt: skip
@@ -93,12 +90,9 @@ def test_error_is_within_the_stated_bound(name):
     x = samples(seed=11, count=1 << 20)
     exact = REFERENCE[name](x.astype(np.float64))
     got = compile_loop(vmath.UNARY[name], 16, [F32])(x)
-    error, bound = ulp_error(got, exact), np.full(x.size, vmath.MAX_ULP[name])
-    if name == "gelu_tanh":
-        u = np.abs(math.sqrt(2 / math.pi) * (x + 0.044715 * x.astype(np.float64) ** 3))
-        bound = np.where(x < -1, 4 + 5 * u, bound)
-    worst = np.nanargmax(error - bound)
-    assert np.all(error <= bound), f"{name}({x[worst]!r}) = {got[worst]!r}, exact {exact[worst]!r}: {error[worst]} ulp"
+    error = ulp_error(got, exact)
+    worst = np.nanargmax(error)
+    assert error[worst] <= vmath.MAX_ULP[name], f"{name}({x[worst]!r}) = {got[worst]!r}: {error[worst]} ulp"
     both = ~np.isnan(got) & ~np.isnan(exact)
     assert np.array_equal(np.signbit(got[both]), np.signbit(exact[both]))
 
@@ -136,9 +130,6 @@ SPECIAL = {
     "tanh": [(INF, 1.0), (-INF, -1.0), (-0.0, -0.0), (50.0, 1.0), (-1e-45, -1e-45)],
     "erf": [(INF, 1.0), (-INF, -1.0), (-0.0, -0.0), (4.5, 1.0)],
     "sigmoid": [(-INF, 0.0), (INF, 1.0), (0.0, 0.5)],
-    "silu": [(-INF, NAN), (INF, INF), (-F32_MAX, -0.0), (F32_MAX, F32_MAX)],
-    "gelu": [(-INF, NAN), (INF, INF), (-F32_MAX, -0.0), (F32_MAX, F32_MAX)],
-    "gelu_tanh": [(-INF, NAN), (INF, INF), (-1e30, -0.0), (1e30, 1e30)],
     "softplus": [(-INF, 0.0), (INF, INF), (200.0, 200.0)],
     "sqrt": [(-1.0, NAN), (-0.0, -0.0), (INF, INF)],
     "rsqrt": [(0.0, INF), (-0.0, -INF), (INF, 0.0), (-1.0, NAN)],
@@ -154,7 +145,7 @@ def test_special_values(name):
     np.testing.assert_array_equal(np.signbit(got[numbers]), np.signbit(expected[numbers]))
 
 
-@pytest.mark.parametrize("name", ["exp", "log", "sin", "tanh", "erf", "gelu", "softplus", "pow"])
+@pytest.mark.parametrize("name", ["exp", "log", "sin", "tanh", "erf", "softplus", "pow"])
 def test_same_bits_at_every_width_and_lane(name):
     """3 x 5 x 16 divides the size, so that an argument meets every lane."""
     x = samples(seed=3, count=1 << 13)[: 240 * 40]
@@ -174,8 +165,7 @@ def test_same_bits_at_every_width_and_lane(name):
 def test_f64_agrees_with_libm(name):
     x = np.random.default_rng(8).uniform(-30, 30, 4096)
     got, exact = compile_loop(vmath.UNARY[name], 4, [F64], F64)(x), REFERENCE[name](x)
-    rtol = 1e-12 if name == "gelu_tanh" else 3e-14  # its tail magnifies the rounding of the argument
-    np.testing.assert_allclose(got, exact, rtol=rtol, atol=1e-300)
+    np.testing.assert_allclose(got, exact, rtol=3e-14, atol=1e-300)
 
 
 def test_pow_of_f64():

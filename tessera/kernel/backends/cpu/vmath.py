@@ -7,8 +7,7 @@ a value of the same type. Called by the lowering of elementwise operations, whic
 What is promised for f32 (tests/kernel/cpu/test_vmath.py measures it):
 - The largest error, in units in the last place of the exact result, is `MAX_ULP[name]` over every float, denormal
   arguments and results included: underflow is gradual, nothing is flushed to zero.
-- NaN gives NaN, and infinities, zeros (their signs too), poles and domain errors give what IEEE 754 and torch give
-  (silu and both forms of gelu give NaN at -inf, as torch does).
+- NaN gives NaN, and infinities, zeros (their signs too), poles and domain errors give what IEEE 754 and torch give.
 - A value gives the same bits in any lane of a vector of any length, and on every target: only IEEE operations, fma
   and integer operations are emitted, none with a fast-math flag. A target without FMA instructions gets the same
   bits from calls of libm's fmaf, slowly.
@@ -23,7 +22,6 @@ to f32 one after the other, lowest first (each time the rest is fitted anew), is
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable
 
@@ -48,7 +46,7 @@ from tessera.kernel.backends.cpu.vmath_trig import cos, sin
 
 MAX_ULP: dict[str, float] = {
     "exp": 1.0, "exp2": 1.0, "expm1": 1.5, "log": 1.0, "log2": 1.1, "log1p": 1.6, "sin": 1.6, "cos": 1.6,
-    "tanh": 2.0, "erf": 1.5, "sigmoid": 2.5, "silu": 3.5, "gelu": 5.0, "gelu_tanh": 6.0, "softplus": 2.0,
+    "tanh": 2.0, "erf": 1.5, "sigmoid": 2.5, "softplus": 2.0,
     "sqrt": 0.5, "rsqrt": 1.5, "pow": 0.51,
 }  # fmt: skip
 
@@ -78,9 +76,6 @@ _ERF = (0.12837916612625122, -0.3761262893676758, 0.11283625662326813, -0.026855
         0.005192393437027931, -0.0008049544994719326, 7.995286432560533e-05)  # erf(x)/x - 1 in x^2, x < 0.92 [9e-10]
 _ERFC = (-0.12864848971366882, -0.6351513266563416, -0.10623684525489807, 0.023762019351124763,
          -0.0036424295976758003, 0.0003227940178476274, -1.1230014024476986e-05)  # ln(erfc t)/t + 1, t <= 4 [7e-10]
-_MILLS = (0.7552851438522339, -0.607896625995636, 0.3871363401412964, -0.18652230501174927, 0.06040956825017929,
-          -0.007530946750193834, -0.003533465787768364, 0.0015728729777038097, 0.00020614350796677172,
-          -0.00011930173059226945)  # (a+4) e^(a^2/2) erfc(a/sqrt2)/2 in (a-4)/(a+4), 0 <= a <= 14.8 [1.8e-8]
 _POW_LOG2 = (2.885390081777416, 0.9617966948365113, 0.5770777531851606, 0.41222635652481204, 0.31927938323327615,
              0.2908920809247769)  # log2((1+s)/(1-s)) / s in s^2, |s| <= 1/5 [5e-13]
 _POW_EXP2 = (0.693147180548212, 0.24022650698110573, 0.05550410935267313, 0.009618128616129363,
@@ -116,12 +111,6 @@ def _exp_parts(b: Builder, x: Val) -> tuple[Val, Val]:
     p, k = _exp_reduced(b, at_most(b, at_least(b, x, -120.0), 89.0))
     s1, s2 = _two_scales(b, k)
     return mul(b, p, s1), s2
-
-
-def _exp_tail(b: Builder, x: Val) -> tuple[Val, Val]:
-    """`_exp_parts` for a factor of any size: y is 0 below -120."""
-    y, s = _exp_parts(b, x)
-    return b.select(b.cmp("lt", x, -120.0), b.value(0.0, x.ty), y), s
 
 
 def exp(b: Builder, x: Val) -> Val:
@@ -217,7 +206,7 @@ def log1p(b: Builder, x: Val) -> Val:
     return b.select(b.cmp("lt", b.abs(x), 2.0**-25), x, _log_edges(b, x, y, -1.0))
 
 
-# -- sigmoids and activations -------------------------------------------------------------------------------------
+# -- sigmoids -------------------------------------------------------------------------------------
 
 
 def tanh(b: Builder, x: Val) -> Val:
@@ -244,15 +233,6 @@ def erf(b: Builder, x: Val) -> Val:
     return with_sign(b, b.select(b.cmp("lt", a, 0.92), small, large), x)
 
 
-def _times_sigmoid(b: Builder, x: Val, z: Val) -> Val:
-    """x / (1 + e^-z) from e = e^-|z|: x e / (1 + e) where z < 0, with one rounding where it is denormal."""
-    y, s = _exp_tail(b, b.neg(b.abs(z)))
-    negative = b.cmp("lt", z, 0.0)
-    top = mul(b, b.select(negative, y, b.value(1.0, z.ty)), x)
-    quotient = b.div(top, b.fma(y, s, 1.0))
-    return mul(b, quotient, b.select(negative, s, b.value(1.0, z.ty)))
-
-
 def sigmoid(b: Builder, x: Val) -> Val:
     """1 / (1 + e^-x)."""
     if is_f64("sigmoid", x):
@@ -261,51 +241,6 @@ def sigmoid(b: Builder, x: Val) -> Val:
     # power is lost in the sum.
     p, k = _exp_reduced(b, at_most(b, at_least(b, b.neg(x), -30.0), 104.0))
     return b.div(2.0**-24, b.fma(p, power_of_two(b, b.sub(k, 24)), 2.0**-24))
-
-
-def silu(b: Builder, x: Val) -> Val:
-    """x sigmoid(x), also called swish (Elfwing et al., 2017)."""
-    if is_f64("silu", x):
-        return b.div(x, add(b, exp(b, b.neg(x)), 1.0))
-    return _times_sigmoid(b, x, x)
-
-
-def gelu(b: Builder, x: Val) -> Val:
-    """x Phi(x), Phi the normal distribution function (Hendrycks & Gimpel, 2016).
-
-    Computed from the tail Phi(-|x|) = e^(-x^2/2) h(|x|), so that no accuracy is lost at negative x, where
-    x (1 + erf(x / sqrt 2)) / 2 cancels.
-    """
-    if is_f64("gelu", x):
-        tail = libm(b, "erfc", mul(b, x, -math.sqrt(0.5)))
-        return mul(b, mul(b, x, 0.5), tail)
-    a = at_most(b, b.abs(x), 16.0)
-    square = mul(b, a, a)
-    rest = b.fma(a, a, b.neg(square))  # a^2 = square + rest, exactly
-    y, s = _exp_tail(b, mul(b, square, -0.5))
-    d = add(b, a, 4.0)
-    v = b.div(1.0, d)
-    lost = b.fma(b.neg(v), sub(b, a, sub(b, d, 4.0)), b.fma(b.neg(d), v, 1.0))  # 1 / (a + 4) = v (1 + lost)
-    u = b.fma(mul(b, v, -8.0), lost, b.fma(v, -8.0, 1.0))
-    h = mul(b, v, horner(b, u, _MILLS))
-    y = mul(b, y, b.fma(b.fma(rest, -0.5, lost), h, h))
-    positive = b.cmp("gt", x, 0.0)
-    phi = b.select(positive, b.fma(b.neg(y), s, 1.0), y)
-    return mul(b, mul(b, phi, x), b.select(positive, b.value(1.0, x.ty), s))
-
-
-def gelu_tanh(b: Builder, x: Val) -> Val:
-    """x (1 + tanh(u)) / 2 = x sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3).
-
-    The rounding of u is magnified in the far negative tail: the error is `MAX_ULP` for x >= -1 and at most
-    (4 + 5 |u|) ulp below.
-    """
-    c = 2 * math.sqrt(2 / math.pi)
-    square = mul(b, x, x)
-    z = mul(b, x, b.fma(square, c * 0.044715, b.value(c, x.ty)))
-    if is_f64("gelu_tanh", x):
-        return b.div(x, add(b, exp(b, b.neg(z)), 1.0))
-    return _times_sigmoid(b, x, z)
 
 
 def softplus(b: Builder, x: Val) -> Val:
@@ -397,7 +332,6 @@ def rand(b: Builder, seed: Val, offset: Val) -> Val:
 
 UNARY: dict[str, Callable[[Builder, Val], Val]] = {
     "exp": exp, "exp2": exp2, "expm1": expm1, "log": log, "log2": log2, "log1p": log1p, "sin": sin, "cos": cos,
-    "tanh": tanh, "erf": erf, "sigmoid": sigmoid, "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh,
-    "softplus": softplus, "sqrt": sqrt, "rsqrt": rsqrt,
+    "tanh": tanh, "erf": erf, "sigmoid": sigmoid, "softplus": softplus, "sqrt": sqrt, "rsqrt": rsqrt,
 }  # fmt: skip
 BINARY: dict[str, Callable[[Builder, Val, Val], Val]] = {"pow": pow}
