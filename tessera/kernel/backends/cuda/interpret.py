@@ -95,6 +95,8 @@ def serve() -> None:
     os.dup2(2, 1)
     _replace_libdevice()
     _round_as_the_hardware_does()
+    _count_with_scalars()
+    _combine_by_halves()
     while True:
         try:
             kernels, args, sizes = _receive(sys.stdin.buffer)
@@ -138,6 +140,47 @@ def _replace_libdevice() -> None:
         setattr(libdevice, name, unary(of_one))
     for name, of_two in {"pow": np.power, "fmod": np.fmod}.items():
         setattr(libdevice, name, binary(of_two))
+
+
+def _count_with_scalars() -> None:
+    """Scalars as bounds of range(): Triton 3.6 holds them as arrays of one element, no int to numpy 2.5."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+def _combine_by_halves() -> None:
+    """Reductions and scans with functions of our own, a whole tensor at a time: the interpreter calls them for every
+    element. All of them are exact, so that the order does not count; axes are powers of two long."""
+    import numpy as np
+    from triton.runtime.interpreter import ReduceOps, ScanOps
+
+    def combined(self: Any, input: Any, left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
+        sides = [self.to_tensor(x, of.dtype) for side in (left, right) for x, of in zip(side, input)]
+        result = self.combine_fn.fn(*sides)
+        return [x.handle.data for x in (result if isinstance(result, tuple) else (result,))]
+
+    def reduce(self: Any, input: Any) -> list[Any]:
+        parts = [np.moveaxis(x.handle.data, self.axis, 0) for x in input]
+        while (half := len(parts[0]) // 2):
+            parts = combined(self, input, [x[:half] for x in parts], [x[half:] for x in parts])
+        return [self.to_tensor(np.expand_dims(x[0], self.axis) if self.keep_dims else x[0], of.dtype)
+                for x, of in zip(parts, input)]
+
+    def scan(self: Any, input: Any) -> list[Any]:
+        parts, step = [np.moveaxis(x.handle.data, self.axis, 0) for x in input], 1
+        while step < len(parts[0]):
+            sums = combined(self, input, [np.roll(x, step, 0) for x in parts], parts)
+            parts, step = [np.concatenate([x[:step], y[step:]]) for x, y in zip(parts, sums)], step * 2
+        return [self.to_tensor(np.moveaxis(x, 0, self.axis), of.dtype) for x, of in zip(parts, input)]
+
+    ReduceOps.generic_reduce, ScanOps.generic_scan = reduce, scan
 
 
 def _round_as_the_hardware_does() -> None:
@@ -187,6 +230,13 @@ def _round_as_the_hardware_does() -> None:
         return x
 
     interpreter.InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        """Rounded once: in Triton 3.6 the interpreter rounds the product as well."""
+        exact = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
     load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
 
     def as_bool(mask: Any) -> Any:
