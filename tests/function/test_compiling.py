@@ -162,7 +162,7 @@ def test_a_failing_compiler_is_told_once_a_function_and_nothing_runs_twice(monke
     total = torch.zeros(())
     with pytest.warns(RuntimeWarning, match=r"f: compiling failed \(RuntimeError: no such register\); it runs") as seen:
         out = f(X, total)
-    assert len(seen) == 1 and len(calls) == 1
+    assert [w.category for w in seen].count(RuntimeWarning) == 1 and len(calls) == 1  # torch 2.11 adds one of its own
     torch.testing.assert_close(out, (X.sum() + 1) * 2)
     torch.testing.assert_close(total, X.sum() + 1)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.types import DType, bool_
+from tessera.types import DType, bool_, fp8_e4m3
 
 LANES = 64  # partial sums of a reduction over the last axis
 CHAIN_LIMIT = 1 << 27  # multiply-adds up to which `mma` follows the fused chain exactly
@@ -79,6 +79,8 @@ def cast(x: Tensor, dtype: DType) -> Tensor:
         return torch.where(below, kept, limits.max).to(dtype.torch)
     if x.is_floating_point() and x.element_size() == 1 and dtype.is_float:
         x = x.float()  # fp8 to f64, f16 and the other fp8 go through f32, which is exact
+    if dtype == fp8_e4m3 and x.dtype != torch.bool:
+        x = x.clamp(-448.0, 448.0)  # as torch 2.13 does; 2.11 makes NaN of what is larger
     return x.to(dtype.torch)
 
 

@@ -54,7 +54,9 @@ def test_f32_rounds_as_torch(dtype, size, backend):
     edges = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 448, 464, 465, 480, 57344, 61440, 65504,
                           65520, 3.4e38, 1e-45])
     x = torch.cat([x, exact, ties, ties.nextafter(torch.tensor(9e9)), ties.nextafter(torch.tensor(-9e9)), edges])
-    got, expected = convert(x, ts.f32, dtype, backend), x.to(dtype.torch)
+    # Saturated, as torch 2.13 does; 2.11 makes NaN of what is larger.
+    within = x.clamp(-448, 448) if dtype == ts.fp8_e4m3 else x
+    got, expected = convert(x, ts.f32, dtype, backend), within.to(dtype.torch)
     nan = expected.float().isnan()
     assert torch.equal(got.float().isnan(), nan)
     assert torch.equal(bits(got)[~nan], bits(expected)[~nan])

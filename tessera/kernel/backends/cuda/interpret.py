@@ -20,7 +20,7 @@ import torch
 
 from tessera.errors import CompileError
 from tessera.kernel import ir
-from tessera.kernel.backends.cuda.launch import Argument, Compiled, count_programs, launch, load_module
+from tessera.kernel.backends.cuda.launch import Argument, Compiled, count_programs, load_module, picker
 
 _child: subprocess.Popen[bytes] | None = None
 
@@ -107,7 +107,7 @@ def serve() -> None:
             for text, programs in kernels:
                 kernel = getattr(load_module(text.name, text.source), text.name)
                 if programs:
-                    launch(kernel, text, (programs,), args, sizes)
+                    kernel[(programs,)](*picker(text)(args, sizes), **text.constants, **text.options)
         except Exception:  # reported to the parent, whatever it is
             import traceback
 
@@ -194,7 +194,10 @@ def _round_as_the_hardware_does() -> None:
 
     def convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
         raw = torch.frombuffer(bytearray(data.tobytes()), dtype=bits[data.dtype.itemsize])
-        rounded = raw.view(torch_types[source.name]).to(torch_types[target.name])
+        numbers = raw.view(torch_types[source.name])
+        if target.name == "fp8e4nv":
+            numbers = numbers.float().clamp(-448.0, 448.0)  # as torch 2.13 does, but not 2.11
+        rounded = numbers.to(torch_types[target.name])
         return rounded.view(bits[rounded.element_size()]).numpy().reshape(data.shape)
 
     interpreter._convert_float = convert

@@ -1,8 +1,9 @@
 """Compiled kernels of the cuda backend: texts by size bucket, files, launches.
 
 In: a function; at a call, tensors, scalars and sizes. The text for a set of sizes is built once for every
-combination of powers of two that it depends on; a warm call is one look-up and Triton's own launch. A launch
-allocates nothing and waits for nothing, so that a CUDA graph can capture it (call once before capturing).
+combination of powers of two that it depends on, and Triton compiles it once; a warm call is one look-up and Triton's
+own launch, on the tensors' GPU and its current stream. A launch allocates nothing and waits for nothing, so that a CUDA
+graph can capture it (call once before capturing: a module that is loaded under a capture may end it).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import math
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from tessera import env
-from tessera.errors import NotFoundError, UnsupportedError
+from tessera.errors import CompileError, LaunchError, NotFoundError, UnsupportedError
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda.kernel import KernelText, Texts, build
 from tessera.kernel.backends.cuda.values import next_power_of_2
@@ -31,6 +33,7 @@ from tessera.kernel.backends.cuda.values import next_power_of_2
 NOMINAL = 1024  # every named size, where a source is asked for before any call
 MAX_CALLS = 4096  # exact sizes remembered
 Argument = torch.Tensor | int | float | bool
+_HERE = contextlib.nullcontext()
 
 
 class Compiled:
@@ -39,8 +42,12 @@ class Compiled:
     def __init__(self, function: ir.Function) -> None:
         self.function = function
         self._texts: list[tuple[bool, Texts]] = []
-        self._launches: dict[Any, list[_Launch]] = {}
+        self._kernels: dict[int, _Kernel] = {}  # by the identity of a text, which _texts keeps alive
+        self._functions: dict[str, Any] = {}  # Triton's, by source
+        self._launches: dict[Any, list[tuple[_Kernel, tuple[int]]]] = {}
         self._bounding = _bounding_params(function)
+        self._first = next(i for i, param in enumerate(function.params) if param.is_view)
+        self._lock = threading.RLock()
 
     @property
     def source(self) -> str:
@@ -53,12 +60,14 @@ class Compiled:
         key = (*sizes, *(args[i] for i in self._bounding), _is_wide(args))
         launches = self._launches.get(key)
         if launches is None:
-            launches = self._prepare(args, sizes)
-            if len(self._launches) >= MAX_CALLS:
-                self._launches.clear()
-            self._launches[key] = launches
-        for launch in launches:
-            launch(args, sizes)
+            launches = self._prepare(key, args, sizes)
+        device = args[self._first].get_device()  # type: ignore[union-attr]
+        if device < 0:
+            raise LaunchError(f"kernel {self.function.name}: tensors on cpu given; the cuda backend expects cuda")
+        # Triton launches on the current device.
+        with _HERE if device == torch.cuda.current_device() else torch.cuda.device(device):
+            for kernel, grid in launches:
+                kernel(grid, args, sizes)
 
     def texts(self, args: Sequence[Argument], sizes: Sequence[int]) -> Texts:
         """The kernels for these sizes.
@@ -67,15 +76,16 @@ class Compiled:
             UnsupportedError: an operation cannot be expressed at these sizes.
         """
         wide, known = _is_wide(args), self.known(args, sizes)
-        for number, (was_wide, texts) in enumerate(self._texts):
-            if was_wide == wide and all(next_power_of_2(d.value(known)) == p for d, p in texts.bounds.items()):
-                self._texts.append(self._texts.pop(number))
-                return texts
-        texts = build(self.function, known, wide)
-        if "triton" in env.get("TESSERA_DUMP").split(","):
-            print(texts.source, file=sys.stderr)
-        self._texts.append((wide, texts))
-        return texts
+        with self._lock:
+            for number, (was_wide, texts) in enumerate(self._texts):
+                if was_wide == wide and all(next_power_of_2(d.value(known)) == p for d, p in texts.bounds.items()):
+                    self._texts.append(self._texts.pop(number))
+                    return texts
+            texts = build(self.function, known, wide)
+            if "triton" in env.get("TESSERA_DUMP").split(","):
+                print(texts.source, file=sys.stderr)
+            self._texts.append((wide, texts))
+            return texts
 
     def known(self, args: Sequence[Argument], sizes: Sequence[int]) -> dict[str, int]:
         """The numbers behind the names that a size expression may hold."""
@@ -83,64 +93,76 @@ class Compiled:
         known.update((self.function.params[i].value.name, int(args[i])) for i in self._bounding)  # type: ignore[arg-type]
         return known
 
-    def _prepare(self, args: Sequence[Argument], sizes: Sequence[int]) -> list[_Launch]:
+    def _prepare(self, key: Any, args: Sequence[Argument], sizes: Sequence[int]) -> list[tuple[_Kernel, tuple[int]]]:
+        """The launches of a call with new sizes: Triton has compiled their texts, where others of the same powers of
+        two came before."""
         known = self.known(args, sizes)
-        launches = []
-        for text in self.texts(args, sizes).kernels:
-            programs = count_programs(text, known)
-            if programs:
-                launches.append(_Launch(jit_function(text), text, (programs,)))
-        return launches
+        with self._lock:
+            counts = [(self._kernel(text), (count_programs(text, known),)) for text in self.texts(args, sizes).kernels]
+            if len(self._launches) >= MAX_CALLS:
+                self._launches.clear()
+            self._launches[key] = [(kernel, grid) for kernel, grid in counts if grid[0]]
+            return self._launches[key]
+
+    def _kernel(self, text: KernelText) -> _Kernel:
+        if id(text) not in self._kernels:
+            if text.source not in self._functions:
+                self._functions[text.source] = jit_function(text)
+            self._kernels[id(text)] = _Kernel(self._functions[text.source], text)
+        return self._kernels[id(text)]
 
 
 @dataclass
-class _Launch:
-    """One kernel with its grid; arguments are picked from the call's."""
+class _Kernel:
+    """One Triton function as it is launched."""
 
-    kernel: Any
+    function: Any
     text: KernelText
-    grid: tuple[int]
+    pick: Callable[[Sequence[Argument], Sequence[int]], list[Any]] = field(init=False)
 
-    def __call__(self, args: Sequence[Argument], sizes: Sequence[int]) -> None:
+    def __post_init__(self) -> None:
+        self.pick = picker(self.text)
+
+    def __call__(self, grid: tuple[int], args: Sequence[Argument], sizes: Sequence[int]) -> None:
         """Start it.
 
         Raises:
             UnsupportedError: the GPU's shared memory is too small for it, even without loads ahead.
+            CompileError: Triton refuses the text.
+            LaunchError: a CUDA graph is captured, and the kernel is not loaded yet.
         """
         try:
-            launch(self.kernel, self.text, self.grid, args, sizes)
+            self.function[grid](*self.pick(args, sizes), **self.text.constants, **self.text.options)
         except Exception as error:
             self.text = _with_fewer_stages(self.text, error)
-            self(args, sizes)
+            self(grid, args, sizes)
 
 
 def _with_fewer_stages(text: KernelText, error: Exception) -> KernelText:
     """The kernel with one load less ahead of use, after a launch that found too little shared memory."""
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
-    if not isinstance(error, OutOfResources):
-        raise error
-    if text.stages <= 1:
+    if isinstance(error, (CompilationError, PTXASError)):
+        raise CompileError(f"cuda: kernel {text.name}: Triton does not take the text: {error}") from error
+    if isinstance(error, OutOfResources) and text.stages > 1:
+        return replace(text, stages=text.stages - 1)
+    if isinstance(error, OutOfResources):
         raise UnsupportedError(f"cuda: kernel {text.name}: {error}; smaller blocks (ts.schedule) need less") from None
-    return replace(text, stages=text.stages - 1)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise LaunchError(f"cuda: kernel {text.name}: its first launch cannot be captured in a CUDA graph; call it "
+                          f"once before, with tensors of the same sizes and dtypes ({error})") from error
+    raise error
 
 
-def launch(kernel: Any, text: KernelText, grid: tuple[int], args: Sequence[Argument], sizes: Sequence[int]) -> None:
-    """Start one kernel (jitted or interpreted)."""
-    kernel[grid](*pick(text, args, sizes), **text.constants, **text.options)
+_PICKED = {"pointer": "args[{}]", "stride": "args[{}].stride({})", "size": "sizes[{}]", "scalar": "args[{}]"}
 
 
-def pick(text: KernelText, args: Sequence[Argument], sizes: Sequence[int]) -> list[Any]:
-    """The kernel's run-time arguments out of a call's."""
-    return [_PICK[str(kind)](rest, args, sizes) for kind, *rest in text.arguments]
-
-
-_PICK: dict[str, Callable[..., Any]] = {
-    "pointer": lambda at, args, sizes: args[at[0]],
-    "stride": lambda at, args, sizes: args[at[0]].stride(at[1]),
-    "size": lambda at, args, sizes: sizes[at[0]],
-    "scalar": lambda at, args, sizes: args[at[0]],
-}
+def picker(text: KernelText) -> Callable[[Sequence[Argument], Sequence[int]], list[Any]]:
+    """(args, sizes) -> the kernel's run-time arguments out of a call's."""
+    items = ", ".join(_PICKED[str(kind)].format(*rest) for kind, *rest in text.arguments)
+    picked: Callable[[Sequence[Argument], Sequence[int]], list[Any]] = eval(f"lambda args, sizes: [{items}]")
+    return picked
 
 
 def count_programs(text: KernelText, known: dict[str, int]) -> int:
