@@ -27,6 +27,7 @@ class ParallelDim:
     innermost: bool  # the last axis of what is stored: cut it only into pieces of many vectors
     mma_rows: bool  # the M of a matmul
     mma_columns: bool  # the N of a matmul
+    crossed: bool = False  # the last axis of a tile that is loaded whose earlier axis is stored innermost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,18 @@ def _describe(function: Function, classes: AxisClasses, root: Node) -> ParallelD
         return any(v.type.rank >= -axis and classes.find(v, v.type.rank + axis) == root for v in values)
 
     return ParallelDim(size=classes.sizes[root], innermost=at(writes, -1), mma_rows=at(mmas, -2),
-                       mma_columns=at(mmas, -1))
+                       mma_columns=at(mmas, -1), crossed=not at(writes, -1) and _is_crossed(function, classes, root))
+
+
+def _is_crossed(function: Function, classes: AxisClasses, root: Node) -> bool:
+    stored = {classes.find(op.operands[-1], op.operands[-1].type.rank - 1) for op in ir.walk(function.body)
+              if op.name in ir.WRITES and op.operands[-1].type.rank}
+    for op in ir.walk(function.body):
+        if op.name == "load":
+            *outer, last = [None, *(classes.find(op.result, axis) for axis in range(op.result.type.rank))]
+            if last == root and not stored.isdisjoint(outer):
+                return True
+    return False
 
 
 def _step(cut: Cut) -> Dim:

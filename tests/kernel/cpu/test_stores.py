@@ -7,6 +7,7 @@ import torch
 
 import tessera as ts
 from tessera import Tile, tile
+from tessera.kernel.passes.parallelize import parallelize
 from tessera.ops.kernels import rope_kernel
 from tests.kernel.backends import launch
 
@@ -18,6 +19,21 @@ WIDTHS = [1, 2, 3, 5, 15, 16, 17, 18, 19, 31, 33, 70]
 @ts.kernel
 def copy_kernel(x: Tile["N", "D"], out: Tile["N", "D"]):
     tile.store(out, tile.load(x))
+
+
+@ts.kernel
+def transpose_kernel(x: Tile["N", "D"], out: Tile["D", "N"]):
+    out[:] = x.T
+
+
+@ts.kernel
+def swap_kernel(x: Tile["B", "N", "D"], bias: Tile["N"], out: Tile["B", "D", "N"]):
+    out[:] = x.transpose(0, 2, 1) + tile.load(bias)
+
+
+@ts.kernel
+def scale_rows_kernel(x: Tile["N", "D"], scale: Tile["N"], out: Tile["N", "D"]):
+    out[:] = x * tile.load(scale)[:, None]
 
 
 @ts.kernel
@@ -45,6 +61,32 @@ def test_nothing_past_the_end_is_written(dtype, on_cpu):
         as_bytes = wide.view(torch.uint8) if dtype != torch.bool else wide
         expected = torch.cat([x, before[:, width:]], 1)
         assert torch.equal(as_bytes, expected.view(torch.uint8) if dtype != torch.bool else expected), width
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (300, 7), (129, 257), (0, 5)], ids=str)
+def test_transposes(shape, on_cpu):
+    """Of every dtype's size, and with axes around."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8):
+        x = numbers(dtype, *shape)
+        wide = numbers(dtype, shape[1] + 2, shape[0] + 3)
+        out, around = wide[1:-1, 1:-2], wide.clone()
+        transpose_kernel(x, out)
+        around[1:-1, 1:-2] = x.T
+        assert torch.equal(wide, around)
+    x, bias = numbers(torch.float32, 3, *shape), numbers(torch.float32, shape[0])
+    out = torch.empty(3, shape[1], shape[0])
+    swap_kernel(x, bias, out)
+    assert torch.equal(out, x.transpose(1, 2) + bias)
+
+
+@pytest.mark.parametrize("kernel, crossed", [
+    (transpose_kernel, {"D": True, "N": False}), (swap_kernel, {"B": False, "D": True, "N": False}),
+    (scale_rows_kernel, {"N": False, "D": False}), (copy_kernel, {"N": False, "D": False})], ids=lambda k: str(k)[:20])
+def test_loads_across_what_is_stored_are_known(kernel, crossed):
+    """A block of a transpose reads whole cache lines and writes whole ones."""
+    seen: dict[str, bool] = {}
+    parallelize(kernel.trace(), lambda f, dims: [seen.update({str(dim.size): dim.crossed}) for dim in dims])
+    assert seen == crossed
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:6], ids=str)

@@ -1,10 +1,11 @@
 """Block sizes that the cpu backend chooses for kernels without a grid.
 
 Rows are taken one at a time: a row's working set then stays in the innermost caches, and a grid item
-costs a few instructions. The innermost stored dim is cut into runs of many vectors. Around a matmul blocks
-are large, because a block packs its operands once, but there are as many for each thread; where a tile of the
-block's rows lies in memory they are as the second-level cache likes. No block size changes a result. A schedule's BM
-and BN stand in for these choices: rows and columns of a product's block, else rows and elements of a run.
+costs a few instructions. The innermost stored dim is cut into runs of many vectors; a transpose goes block by
+block. Around a matmul blocks are large, because a block packs its operands once, but there are as many for each
+thread; where a tile of the block's rows lies in memory they are as the second-level cache likes. No block size changes
+a result. A schedule's BM and BN stand in for these choices: rows and columns of a product's block, else rows and
+elements of a run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tessera.kernel.ir import Function
 from tessera.kernel.passes.parallelize import THREADS, Cut, ParallelDim
 
 ROW_RUN = 4096  # elements of an innermost parallel dim a block
+_CROSSED_BLOCK = (128, 16)  # rows and columns where a tile is stored across: lines are then read and written whole
 _FULL_COLUMNS = 256
 _FUSED_BLOCK = (16384, 1024)  # most rows and columns of products that go chunk by chunk into a store
 _STORED_BLOCK = (384, 512)  # the same where a tile of a block lies in memory
@@ -33,7 +35,8 @@ def choose(function: Function, dims: Sequence[ParallelDim], target: Target) -> l
     columns = next((dim.size for dim in dims if dim.mma_columns), Dim.of(1))
     most = _FUSED_BLOCK if has_mma and _only_fused(function, target) else _STORED_BLOCK
     row_cut, column_cut = _mma_blocks(rows, columns, mma.tiling(target), *most)
-    return [_cut(function, dim, has_mma, row_cut, column_cut) for dim in dims]
+    runs = _CROSSED_BLOCK if any(dim.crossed for dim in dims) else (1, ROW_RUN)
+    return [_cut(function, dim, has_mma, row_cut, column_cut, runs) for dim in dims]
 
 
 def _only_fused(function: Function, target: Target) -> bool:
@@ -45,14 +48,17 @@ def _only_fused(function: Function, target: Target) -> bool:
     return all(op in fused for op in in_memory)
 
 
-def _cut(function: Function, dim: ParallelDim, has_mma: bool, row_cut: Cut, column_cut: Cut) -> Cut | None:
+def _cut(function: Function, dim: ParallelDim, has_mma: bool, row_cut: Cut, column_cut: Cut,
+         runs: tuple[int, int]) -> Cut | None:
     if dim.mma_rows:
         return Cut(most=function.schedule["BM"]) if "BM" in function.schedule else row_cut
     if dim.mma_columns:
         return Cut(most=function.schedule["BN"]) if "BN" in function.schedule else column_cut
     if has_mma:
         return Cut(most=1)
-    return Cut(most=function.schedule.get("BN", ROW_RUN) if dim.innermost else function.schedule.get("BM", 1))
+    if dim.innermost:
+        return Cut(most=function.schedule.get("BN", runs[1]))
+    return Cut(most=function.schedule.get("BM", runs[0] if dim.crossed else 1))
 
 
 def _mma_blocks(rows: Dim, columns: Dim, t: mma.Tiling, most_rows: int, most_columns: int) -> tuple[Cut, Cut]:
