@@ -41,11 +41,18 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError("expected a whole number, 0 or more")
+    return int(text)
+
+
 def _some_of(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if unknown := [item for item in text.split(",") if item not in ("", *allowed)]:
+        items = [item.strip() for item in text.split(",")]
+        if unknown := [item for item in items if item not in ("", *allowed)]:
             raise ValueError(f"{unknown[0]!r} is not one of {', '.join(allowed)}")
-        return text
+        return ",".join(items)
 
     return parse
 
@@ -55,7 +62,8 @@ VARIABLES: dict[str, Variable] = {
         default=Path(os.path.expanduser("~/.cache/tessera")), parse=lambda t: Path(t).expanduser(),
         doc="Where compiled kernels and tuning results are kept."),
     "TESSERA_CACHE_MB": Variable(
-        default=512, parse=int, doc="Upper bound of the on-disk kernel cache in MiB (least recently used go first)."),
+        default=512, parse=_count,
+        doc="Upper bound of the on-disk kernel cache in MiB (least recently used go first)."),
     "TESSERA_BACKEND": Variable(
         default="auto", parse=_choice("auto", "interp", "cpu", "cuda"),
         doc="Which backend runs kernels: auto chooses by the tensors' device."),

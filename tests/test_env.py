@@ -25,6 +25,7 @@ def test_default_when_unset(name, monkeypatch):
     ("TESSERA_CACHE_MB", "64", 64),
     ("TESSERA_BACKEND", "interp", "interp"),
     ("TESSERA_DUMP", "ir,llvm", "ir,llvm"),
+    ("TESSERA_DUMP", " ir, llvm ", "ir,llvm"),
     ("TESSERA_CPU", "avx2", "avx2"),
     ("TESSERA_DEBUG", "1", True),
     ("TESSERA_DEBUG", "off", False),
@@ -36,7 +37,8 @@ def test_value(name, text, value, monkeypatch):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("TESSERA_CACHE_MB", "many"), ("TESSERA_BACKEND", "tpu"), ("TESSERA_CPU", "i386"), ("TESSERA_DEBUG", "perhaps"),
+    ("TESSERA_CACHE_MB", "many"), ("TESSERA_CACHE_MB", "-5"),
+    ("TESSERA_BACKEND", "tpu"), ("TESSERA_CPU", "i386"), ("TESSERA_DEBUG", "perhaps"),
 ])
 def test_unreadable_value_is_named(name, text, monkeypatch):
     monkeypatch.setenv(name, text)

@@ -330,8 +330,8 @@ class _Autotune:
         Args:
             configs: schedules to try, each with options as for `ts.schedule`.
             space: values of each option, in all combinations, in place of configs.
-            key: what tells launches apart: dims and number arguments by name, "shape" (every dim), "arch" (the
-                machine: a stored choice serves no other). Each dtype is always measured by itself.
+            key: what tells launches apart: dims and number arguments by name, "shape" (every dim). Each dtype, machine
+                and number of threads is always measured by itself.
             budget: seconds that a search may take, compiling included; at least one schedule is tried.
 
         A block size with the name of a compile-time parameter (`BM: ts.constexpr`) is its value, unless a launch gives
@@ -340,8 +340,8 @@ class _Autotune:
         Raises:
             InputError: an option is unknown, or both or neither of configs and space are given.
         """
-        tuner = Tuner(schedules=_schedules(configs, space), key=_names("key", key, "a list of names"),
-                      budget=_seconds(budget))
+        names = _names("key", key, "a list of names")
+        tuner = Tuner(schedules=_schedules(configs, space), key=("arch", *names), budget=_seconds(budget))
 
         def apply(target: Any) -> Any:
             if hasattr(target, "with_tuner"):
@@ -357,8 +357,8 @@ class _Autotune:
         """Tune every kernel that has a matmul and no block sizes or tuner of its own, from its next launch on.
 
         Args:
-            cache_key: of "arch", "dtype", "shape": what a stored choice is told apart by. Without "shape" the first
-                launch decides for all sizes.
+            cache_key: of "arch" (the machine and its threads), "dtype", "shape": what a stored choice is told apart by.
+                Without "shape" the first launch decides for all sizes, without "arch" for all machines.
             budget: seconds that a search may take, compiling included.
 
         Raises:

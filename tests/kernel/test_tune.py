@@ -227,6 +227,14 @@ def test_schedules_set_compile_time_parameters(monkeypatch):
     assert block(autotune(configs=[{"BM": 64}, {"BM": 16}])(ts.kernel(needed))) == 16
 
 
+def test_other_machines_measure_anew_whatever_the_key(monkeypatch):
+    timed = scripted(monkeypatch, [1])
+    for machine in ("one", "two", "one"):
+        monkeypatch.setattr(tune, "_arch", lambda backend, args, machine=machine: machine)
+        chosen(autotune(configs=BLOCKS, key=["N"])(ts.kernel(which_block)))
+    assert len(timed) == 6
+
+
 def test_a_kernels_own_schedule_tells_stored_choices_apart(monkeypatch):
     timed = scripted(monkeypatch, [1])
     a, b, out = draw(3, 4), draw(4, 5), torch.empty(3, 5)
