@@ -116,6 +116,43 @@ def test_rows_a_page_apart(k, dtype):
         assert torch.equal(run(kernels.linear_kernel, rows, 50, x[:rows], w), full[:rows])
 
 
+@pytest.mark.parametrize("n,k", [(1, 5), (9, 100), (33, 577), (50, 4096), (17, 1100)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_two_rows_of_bytes(n, k, dtype):
+    """They are multiplied while they are read; three are packed first. The last panels have columns that lack."""
+    x, scale = draw(5, k, seed=n + k), draw(n, seed=k)
+    if dtype == torch.int8:
+        w = torch.randint(-128, 128, (n, k), generator=torch.Generator().manual_seed(n), dtype=torch.int8)
+        full = run(scaled_columns, 5, n, x, w, scale)
+        close(full, x, w.float() * scale[:, None])
+        launch, rest = scaled_columns, (w, scale)
+    else:
+        launch, rest = kernels.linear_kernel, (draw(n, k, seed=n, dtype=dtype),)
+        full = run(launch, 5, n, x, *rest)
+        close(full, x, rest[0])
+    for first, rows in ((0, 2), (3, 2), (0, 3), (4, 1)):
+        part = x[first:first + rows]
+        assert torch.equal(run(launch, rows, n, part, *rest), full[first:first + rows]), (first, rows)
+
+
+@pytest.mark.parametrize("n", [1, 8, 23, 48])
+@pytest.mark.parametrize("groups", [1, 3, 40])
+def test_two_rows_of_groups(n, groups):
+    k, generator = 32 * groups, torch.Generator().manual_seed(n * groups)
+    x, scale, least = draw(4, k, seed=1), draw(n, groups, seed=2), draw(n, groups, seed=3)
+    codes = torch.randint(-8, 8, (n, k), generator=generator)
+    packed = ((codes[:, ::2] & 15) | (codes[:, 1::2] & 15) << 4).to(torch.uint8)
+    for launch, rest, shift in ((kernels.int8_group_linear_kernel, (codes.to(torch.int8), scale), 0.0),
+                                (kernels.int4_linear_kernel, (packed, scale, None), 0.0),
+                                (kernels.int4_linear_kernel, (packed, scale, least), least)):
+        full = run(launch, 4, n, x, *rest)
+        dense = codes.unflatten(1, (groups, 32)) * scale[..., None].double()
+        dense = (dense + (shift[..., None] if isinstance(shift, Tensor) else shift)).flatten(1)
+        assert (full - x.double() @ dense.t()).abs().max() <= 1e-5 * (x.double().abs() @ dense.abs().t()).max()
+        for rows in (1, 2):
+            assert torch.equal(run(launch, rows, n, x[:rows], *rest), full[:rows]), rows
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_strided_operands(step):
     w, x = draw(40, 70 * step, seed=1)[:, ::step], draw(5, 140, seed=2)[:, ::2]
