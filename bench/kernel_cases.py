@@ -40,6 +40,8 @@ class Case:
     function: Callable[..., Tensor] | None = None  # for torch.compile, with `arguments`
     arguments: Sequence[object] = ()
     liger: Callable[[], object] | None = None
+    liger_waits: bool = False  # for the GPU, which a CUDA graph cannot hold
+    turns: int = 1  # calls until tensors come back that an earlier call has read
     floor: Callable[[], object] | None = None
     flops: float = 0.0
     bytes: float = 0.0
@@ -155,7 +157,7 @@ def _cross_entropy(name: str, dtype: torch.dtype, rows: int, classes: int) -> Ca
         ours=lambda: kernels.cross_entropy_kernel(x, targets, loss), eager=lambda: formula(x, targets),
         expected=lambda: F.cross_entropy(x.double(), targets, reduction="none"), function=formula,
         arguments=(x, targets), liger=_peer("liger_cross_entropy", x, targets, reduction="none"),
-        floor=_move([x], None), bytes=x.nbytes)
+        liger_waits=True, floor=_move([x], None), bytes=x.nbytes)
 
 
 def _swiglu(name: str, dtype: torch.dtype, rows: int, width: int) -> Case:
@@ -218,7 +220,8 @@ def _linear(name: str, dtype: torch.dtype, m: int, n: int, k: int, *, again: boo
         group=f"gemm {name} {rows}{note}", label=f"gemm {name} {m}x{n}x{k}{note}", out=out, goal=goal,
         ours=_in_turn(lambda w: kernels.linear_kernel(x, w, out), weights),
         eager=_in_turn(lambda w: F.linear(x, w), weights),
-        expected=lambda: x[:16].double() @ weight.double().T, flops=2.0 * m * n * k, bytes=weight.nbytes,
+        expected=lambda: x[:16].double() @ weight.double().T, turns=len(weights), flops=2.0 * m * n * k,
+        bytes=weight.nbytes,
         floor=_in_turn(lambda read: read(), [_move([w], None) for w in weights]) if m <= 32 else None)
 
 
@@ -267,8 +270,8 @@ def _quantized(kind: str, m: int, n: int, k: int, *, rounded: bool = False) -> C
         group=f"{name} weights M={m}", label=f"linear {name} {m}x{n}x{k}", out=out, goal=1.5,
         ours=_in_turn((in_int8 if rounded else ours)[kind], weights),
         eager=_in_turn(lambda w: F.linear(x, w), _copies(dense)), expected=expected,
-        floor=_in_turn(lambda read: read(), [_move([w], None) for w in weights]), flops=2.0 * m * n * k,
-        bytes=quants.nbytes + scale.nbytes + (0 if minimum is None else minimum.nbytes))
+        floor=_in_turn(lambda read: read(), [_move([w], None) for w in weights]), turns=len(weights),
+        flops=2.0 * m * n * k, bytes=quants.nbytes + scale.nbytes + (0 if minimum is None else minimum.nbytes))
 
 
 def _rounded(x: Tensor, group: int) -> Tensor:

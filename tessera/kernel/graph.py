@@ -351,9 +351,12 @@ class _CudaGraph:
         for argument, value in bound.arguments.items():
             bound.arguments[argument] = fixed.get(id(value), value)
         self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph):
-            self._result = function(*bound.args, **bound.kwargs)
+        device = next(arg.device for one in recorded.launches for arg in one.args if isinstance(arg, torch.Tensor))
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            # Relaxed: a copy may be aligned where its argument was not, which is another kernel to compile and load.
+            with torch.cuda.graph(self._graph, capture_error_mode="relaxed"):
+                self._result = function(*bound.args, **bound.kwargs)
         _tensors_of(name, self._result)
         self._in_place = {_storage(tensor) for tensor in self._kept}
 

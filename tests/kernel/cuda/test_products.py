@@ -40,8 +40,9 @@ def test_numbers_that_16_bits_hold_are_multiplied_in_16_bits(a, b, dots):
     assert (".to(tl.float32)" in source.partition("def product")[2]) == (a is f16 and b is bf16)
 
 
-def test_f32_products_are_exact_unless_the_schedule_says_otherwise():
-    assert 'input_precision="ieee"' in text(product, f32, f32)
+def test_f32_products_keep_22_bits_unless_the_schedule_says_otherwise():
+    assert 'input_precision="tf32x3"' in text(product, f32, f32)
+    assert 'input_precision="ieee"' in text(product.with_schedule(f32_dot="ieee"), f32, f32)
     assert 'input_precision="tf32"' in text(product.with_schedule(f32_dot="tf32"), f32, f32)
     assert text(product.with_schedule(mixed_dot="bf16"), f32, bf16).count("tl.dot(") == 1
     with pytest.raises(InputError, match="mixed_dot='f16' given; expected one of bf16x3, bf16x2, bf16"):

@@ -3,8 +3,9 @@
 An f32 side that was cast from bf16, f16, fp8 or a small int is multiplied in that type again: products of such
 numbers are exact in the f32 accumulator. An f32 side against one that bf16 holds is split into bf16 parts
 (schedule option "mixed_dot": "bf16x3", by default, keeps all of its 24 bits; "bf16x2" 16; "bf16" rounds it, as
-flash attention does with its weights). Two f32 sides are multiplied as "f32_dot" says: "ieee" by default, "tf32x3",
-"tf32".
+flash attention does with its weights). Two f32 sides are multiplied as "f32_dot" says: "tf32x3", by default, three
+products of tensor cores that keep 22 of their 24 bits, less than which is lost where a long sum is rounded; "ieee", all
+24, by threads; "tf32", 11.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _dot(emitter: Emitter, op: ir.Op, value: ir.Value, left: Sequence[Index], ri
     options = f", out_dtype={TRITON_TYPE[value.type.dtype.name]}"
     emitter.dot_elements += emitter.count(axes) * (2 if plan.dtype == f32 else 1)
     if plan.dtype == f32:
-        options = f', input_precision="{emitter.function.schedule.get("f32_dot", plan.f32_dot)}"' + options
+        options = f', input_precision="{emitter.function.schedule.get("f32_dot", "tf32x3")}"' + options
     text, total = "", acc.text if acc is not None else ""
     for x, y in [(x, y) for x in lefts for y in rights]:
         if text:
@@ -159,7 +160,6 @@ class _Plan:
     dtype: DType
     left: int = 1
     right: int = 1
-    f32_dot: str = "ieee"
 
 
 def _plan(emitter: Emitter, op: ir.Op) -> _Plan:
@@ -175,7 +175,7 @@ def _plan(emitter: Emitter, op: ir.Op) -> _Plan:
     if bf16 in left | right:
         parts = PARTS[str(emitter.function.schedule.get("mixed_dot", "bf16x3"))]
         return _Plan(dtype=bf16, left=1 if bf16 in left else parts, right=1 if bf16 in right else parts)
-    return _Plan(dtype=f32, f32_dot="tf32x3" if f16 in left | right else "ieee")
+    return _Plan(dtype=f32)
 
 
 def holders(value: ir.Value) -> frozenset[DType]:
