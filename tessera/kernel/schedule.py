@@ -66,7 +66,7 @@ def schedule(**options: Any) -> Callable[[Any], Any]:
     Args:
         options: `tile`, a mapping of block sizes: "BM", "BN", "BK", and those that the kernel reads as `ctx.NAME` or
             has as a compile-time parameter; `warps`, `stages`, `pipeline`; and how f32 tiles are multiplied on CUDA:
-            `f32_dot` ("ieee", "tf32x3", "tf32"), `mixed_dot` ("bf16x3", "bf16x2", "bf16").
+            `f32_dot` ("tf32x3", "ieee", "tf32"), `mixed_dot` ("bf16x3", "bf16x2", "bf16").
 
     Raises:
         InputError: an option is unknown or has no usable value.
