@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import sys
 import threading
 import types
@@ -19,11 +20,12 @@ import torch
 
 from tessera import env
 from tessera.errors import InputError, LaunchError
-from tessera.kernel import backends, frontend
+from tessera.kernel import backends, direct, frontend
 from tessera.kernel.binder import make_dispatcher, make_launcher
 from tessera.kernel.dims import Dim
 from tessera.kernel.frontend import Argument
 from tessera.kernel.frontend.calls import is_hashable
+from tessera.kernel.frontend.reads import Reads
 from tessera.kernel.frontend.source import Source, source_of
 from tessera.kernel.ir import Function
 from tessera.kernel.members import Member, fix_sizes, members_of, read_widths, width_axes
@@ -182,10 +184,9 @@ class Kernel:
     @functools.cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """Its parameters; annotations are read at the first use, when the names in them exist."""
-        tree = self.source_tree.tree.args
-        if tree.vararg or tree.kwarg:
-            raise InputError(f"kernel {self.name}: *args and **kwargs cannot be parameters of a kernel")
         code = self.function.__code__
+        if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+            raise InputError(f"kernel {self.name}: *args and **kwargs cannot be parameters of a kernel")
         names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
         positional = self.function.__defaults__ or ()
         defaults = dict(zip(names[code.co_argcount - len(positional):code.co_argcount], positional))
@@ -208,10 +209,10 @@ class Kernel:
         """Whether its first parameter is `self`."""
         return self.function.__code__.co_varnames[:1] == ("self",)
 
-    @property
+    @functools.cached_property
     def signature(self) -> Signature:
         """Its signature with every optional argument present; "..." stands for one axis."""
-        return self.variant(()).signature
+        return make_signature(self.name, self._static_parameters(()))
 
     # -- looking inside -----------------------------------------------------------------------------
 
@@ -229,14 +230,24 @@ class Kernel:
 
     def trace_for(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Function:
         """`trace` with the block sizes that a backend has by default."""
+        variant, values = self._bound(args, kwargs)
+        return variant.trace(values, backend)
+
+    def specialise(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Specialisation:
+        """One specialisation as a launch makes it, with arguments as for `trace`; its `compiled` is the kernel."""
+        variant, values = self._bound(args, kwargs)
+        return variant.specialise(values, backend)
+
+    def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Variant, list[Any]]:
+        """The variant for what `trace` takes, and the arguments in its order."""
         values = self._bind_types(args, kwargs)
         if self.is_method:
             variant, extra = self._variant_for(values)
-            return variant.trace([*values[1:], *extra], backend)
+            return variant, [*values[1:], *extra]
         pattern = tuple(p.name if v is None else (p.name, getattr(v, "ndim", len(p.dims)) - len(p.dims) + 1)
                         for p, v in zip(self.parameters, values)
                         if (p.optional and v is None) or (p.has_ellipsis and v is not None))
-        return self.variant(pattern).trace(values, backend)
+        return self.variant(pattern), values
 
     def _bind_types(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         given = {**dict(zip((p.name for p in self.parameters), args)), **kwargs}
@@ -309,21 +320,41 @@ class Variant:
 
     def trace(self, values: Sequence[Any], backend: str) -> Function:
         """The IR for arguments that are tensors, dtypes, numbers or constants."""
-        return self._trace(self._arguments(values), backend, self.kernel.schedule)
+        arguments = self._arguments(values)
+        return self._trace(arguments, _blocks(arguments, backend), self.kernel.schedule)
+
+    def specialise(self, values: Sequence[Any], backend: str) -> Specialisation:
+        """The specialisation for such arguments; not yet compiled."""
+        arguments = self._arguments(values)
+        trace = functools.partial(self._trace, arguments, _blocks(arguments, backend))
+        return Specialisation(self.kernel.name, backend, self.kernel.schedule, trace, self.kernel.tuner,
+                              self._manifest(arguments, backend))
 
     def _arguments(self, values: Sequence[Any]) -> list[Argument]:
         return [self._argument(p, v) for p, v in zip(self.signature.parameters, values)]
 
-    def _trace(self, arguments: Sequence[Argument], backend: str, schedule: Mapping[str, Any]) -> Function:
-        # Under a schedule to be tuned: its block sizes, unless the launch gave others than the defaults.
+    def _under(self, arguments: Sequence[Argument], schedule: Mapping[str, Any]) -> list[Argument]:
+        """The arguments under a schedule to be tuned: its block sizes, unless the launch gave others than defaults."""
         defaults = {p.name: p.default for p in self.signature.parameters if p.kind == "constant"}
-        arguments = [dataclasses.replace(a, value=schedule[a.name])
-                     if a.name in schedule and a.name in defaults and a.value == defaults[a.name] else a
-                     for a in arguments]
-        blocks = backends.default_blocks(backend, [a.dtype for a in arguments if a.dtype is not None])
+        return [dataclasses.replace(a, value=schedule[a.name])
+                if a.name in schedule and a.name in defaults and a.value == defaults[a.name] else a
+                for a in arguments]
+
+    def _manifest(self, arguments: Sequence[Argument], backend: str) -> direct.Manifest | None:
+        """Where the code may lie on disk; what is to be shown is traced."""
+        keeping = backends.keeping(backend)
+        if keeping is None or self.kernel.is_method or env.get("TESSERA_DUMP"):
+            return None
+        return direct.manifest(
+            keeping, self.kernel.function, self.kernel.name, self._under(arguments, self.kernel.schedule),
+            self.signature.sizes, self.named, self.kernel.schedule, _blocks(arguments, backend), self.kernel.retypes)
+
+    def _trace(self, arguments: Sequence[Argument], blocks: Mapping[str, int], schedule: Mapping[str, Any],
+               reads: Reads | None = None) -> Function:
+        arguments = self._under(arguments, schedule)
         function = frontend.trace(
             self.kernel.source_tree, self.kernel.name, arguments, self.signature.sizes, self.named,
-            schedule, blocks, self.kernel.retypes, self.instance)
+            schedule, blocks, self.kernel.retypes, self.instance, reads)
         if "ir" in env.get("TESSERA_DUMP").split(","):
             print(function, file=sys.stderr)
         return function
@@ -350,18 +381,20 @@ class Variant:
             return self._table.runs.get(key) or self._table.add(key, self._compile(values))
 
     def _compile(self, values: Sequence[Any]) -> Specialisation:
-        arguments = self._arguments(values)
         backend = env.get("TESSERA_BACKEND")
         if backend == "auto":
             device = next(v for p, v in zip(self.signature.parameters, values) if p.kind == "tile").device
             backend = backends.for_device(device.type)
-        return Specialisation(self._trace(arguments, backend, self.kernel.schedule), backend,
-                              functools.partial(self._trace, arguments, backend), self.kernel.tuner)
+        return self.specialise(values, backend)
 
     def _empty(self, key: Any, args: Sequence[Any], sizes: Sequence[int]) -> None:
         """A launch in which a size is 0 has work to do only where an output has elements."""
         if any(args[i].numel() for i in self._table.specialisations[key].outputs):
             self._table.runs[key](args, sizes)
+
+
+def _blocks(arguments: Sequence[Argument], backend: str) -> Mapping[str, int]:
+    return backends.default_blocks(backend, [a.dtype for a in arguments if a.dtype is not None])
 
 
 class BoundKernel:

@@ -133,8 +133,7 @@ class Session:
 
     def wrap(self, specialisation: Specialisation, run: Run) -> Run:
         """`run`, timed and counted."""
-        params = specialisation.function.params
-        scalars = [i for i, p in enumerate(params) if not p.is_view and p.value.type.dtype.is_int]
+        scalars = [i for i, kind in enumerate(specialisation.interface.params) if kind == "int"]
         costs: dict[Any, Cost] = {}
 
         def counted(args: Sequence[Any], sizes: Sequence[int]) -> Cost:
@@ -189,7 +188,7 @@ class Session:
             if len(self.events) < self._max_events:
                 self.events.append(Event(
                     kernel=of.name, backend=of.backend, thread=threading.get_native_id(), start=start,
-                    seconds=seconds, cost=spent, sizes=dict(zip(of.function.sizes, sizes))))
+                    seconds=seconds, cost=spent, sizes=dict(zip(of.interface.sizes, sizes))))
 
 
 Exporter = Callable[[Session], None]

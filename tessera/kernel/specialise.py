@@ -1,9 +1,9 @@
 """Compiled kernels as the launch path finds them, and who looks on while they run.
 
-In: a traced function and its backend, from `launch.Variant`. Out: `Table.runs`, key -> what a launch calls.
-`profile` and `graph` open `observing(wrap)`: while it is open, every table holds wrapped kernels; when it is
-closed, the bare ones. A launch that nobody observes therefore pays nothing. `tune` puts a `Chooser` where a
-compiled kernel would stand.
+In: what traces a function, its backend, and where its code may lie on disk, from `launch.Variant`. Out:
+`Table.runs`, key -> what a launch calls. `profile` and `graph` open `observing(wrap)`: while it is open, every
+table holds wrapped kernels; when it is closed, the bare ones. A launch that nobody observes therefore pays nothing.
+`tune` puts a `Chooser` where a compiled kernel would stand.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 from tessera.kernel import backends
+from tessera.kernel.direct import Manifest
+from tessera.kernel.frontend.reads import Reads
+from tessera.kernel.interface import Interface
 from tessera.kernel.ir import Function
 
 Run = Callable[[Sequence[Any], Sequence[int]], None]
@@ -33,32 +37,63 @@ class Chooser(Protocol):
 Tuner = Callable[["Specialisation"], "Chooser | None"]
 
 
+class Trace(Protocol):
+    """Makes a specialisation's function."""
+
+    def __call__(self, schedule: Mapping[str, Any], reads: Reads | None = None) -> Function:
+        """The function under a schedule; `reads` takes note of what the trace depends on."""
+
+
 class Specialisation:
     """A kernel at fixed dtypes, strides and compile-time values, on one backend.
 
-    `retrace` makes the same function under another schedule. `outputs` are the positions of the arguments that
-    it writes.
+    `retrace` makes the same function under another schedule. Where `manifest` leads to code on disk, the function is
+    traced only when somebody asks for it.
     """
 
-    def __init__(self, function: Function, backend: str, retrace: Callable[[Mapping[str, Any]], Function],
-                 tuner: Tuner | None) -> None:
-        self.function, self.backend, self.retrace, self.tuner = function, backend, retrace, tuner
-        self.outputs = [i for i, p in enumerate(function.params) if p.is_output]
-        self.chooser: Chooser | None = None
+    def __init__(self, name: str, backend: str, schedule: Mapping[str, Any], retrace: Trace, tuner: Tuner | None,
+                 manifest: Manifest | None = None) -> None:
+        self.name, self.backend, self.schedule, self.retrace, self.tuner = name, backend, schedule, retrace, tuner
+        self._manifest = manifest
         self._compiled: backends.Compiled | None = None
+        self.chooser: Chooser | None = None
         self.set_chooser()
 
+    @cached_property
+    def function(self) -> Function:
+        """The kernel's IR under its own schedule.
+
+        Raises:
+            CompileError: it does not compile.
+        """
+        return self.retrace(self.schedule, self._manifest.reads if self._manifest else None)
+
+    @cached_property
+    def interface(self) -> Interface:
+        """What a launch knows of it."""
+        return Interface.of(self.function)
+
     @property
-    def name(self) -> str:
-        """The kernel's name."""
-        return self.function.name
+    def outputs(self) -> tuple[int, ...]:
+        """The positions of the arguments that it writes."""
+        return self.interface.outputs
 
     @property
     def compiled(self) -> backends.Compiled:
         """The kernel under its own schedule."""
         if self._compiled is None:
-            self._compiled = backends.get(self.backend).compile(self.function)
+            self._compiled = self._find_or_make(self._manifest) if self._manifest else \
+                backends.get(self.backend).compile(self.function)
         return self._compiled
+
+    def _find_or_make(self, manifest: Manifest) -> backends.Compiled:
+        found = manifest.find()
+        if found is not None:
+            self.interface, code = found
+            return manifest.backend.load(self.interface, code, lambda: self.function)
+        compiled = manifest.backend.compile(self.function)
+        manifest.keep(self.interface, compiled.entry)
+        return compiled
 
     def set_chooser(self) -> None:
         """Ask its tuner, or the one that tunes all kernels; without either it runs under its own schedule."""

@@ -60,7 +60,7 @@ def test_eight_programs_at_once(place):
         child.stdin.write("go\n")
         child.stdin.flush()
     assert [child.communicate()[0].strip() for child in children] == ["True"] * 8
-    assert all(path.suffix == ".bin" for path in place.iterdir()) and len(list(place.iterdir())) == 1
+    assert all(path.suffix == ".bin" for path in place.iterdir()) and len(list(place.iterdir())) == 2  # code, manifest
 
 
 def test_an_entry_is_made_once_and_again_when_it_is_damaged(place):

@@ -7,10 +7,11 @@ A backend is a module with `compile(function) -> Compiled`. It is imported when 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tessera.errors import UnsupportedError
+from tessera.kernel.interface import Interface
 from tessera.kernel.ir import Function
 from tessera.types import DType
 
@@ -31,6 +32,31 @@ class Backend(Protocol):
 
     def compile(self, function: Function) -> Compiled:
         """Compile one specialisation."""
+
+
+class Kept(Compiled, Protocol):
+    """A compiled specialisation whose code is on disk, in this entry of the cache (None: it is not)."""
+
+    entry: str | None
+
+
+class Keeping(Protocol):
+    """The module of a backend whose code can be kept on disk and loaded without the function that it came from."""
+
+    def compile(self, function: Function) -> Kept:
+        """Compile one specialisation."""
+
+    def load(self, interface: Interface, code: bytes, function: Callable[[], Function]) -> Compiled:
+        """A specialisation whose code was on disk; `function` traces it, for those who ask for its source."""
+
+    def target_key(self) -> str:
+        """The backend and the processor that it makes code for."""
+
+
+def keeping(name: str) -> Keeping | None:
+    """The backend of a name, if it keeps code on disk."""
+    module: Any = get(name)
+    return module if hasattr(module, "load") else None
 
 
 def get(name: str) -> Backend:

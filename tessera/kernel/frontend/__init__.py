@@ -15,6 +15,7 @@ from tessera.kernel.build import Builder
 from tessera.kernel.diagnostics import compile_error
 from tessera.kernel.dims import Dim
 from tessera.kernel.frontend.frame import Context, SelfObject
+from tessera.kernel.frontend.reads import Reads
 from tessera.kernel.frontend.source import Source
 from tessera.kernel.frontend.tracer import Tracer
 from tessera.kernel.ir import EFFECTS, WRITES, Block, Function, Location, Param, TileTy, Value, ViewTy, walk
@@ -40,13 +41,14 @@ class Argument:
 
 def trace(source: Source, name: str, arguments: Sequence[Argument], sizes: Sequence[str], named: Mapping[str, Dim],
           schedule: Mapping[str, Any], blocks: Mapping[str, int], retypes: Mapping[DType, DType],
-          self_object: Any = None) -> Function:
+          self_object: Any = None, reads: Reads | None = None) -> Function:
     """Trace a kernel's body into IR.
 
     Args:
         sizes: the named sizes that a launch binds.
         named: what `tile.context()` can ask for.
         blocks: the block sizes that the schedule leaves open.
+        reads: takes note of what is looked up outside of the kernel.
 
     Raises:
         CompileError: with file, line and caret.
@@ -66,7 +68,7 @@ def trace(source: Source, name: str, arguments: Sequence[Argument], sizes: Seque
         (tensors if "." in argument.name else env)[argument.name] = value
     if self_object is not None:
         env["self"] = SelfObject(self_object, "self", tensors)
-    Tracer(function, retypes).trace(source, env, Context(named, schedule, blocks))
+    Tracer(function, retypes, reads or Reads(source.function)).trace(source, env, Context(named, schedule, blocks))
     _mark_outputs(function)
     _check_effects(function, source)
     verify(function)

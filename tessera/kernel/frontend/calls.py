@@ -13,7 +13,7 @@ from typing import Any
 from tessera.kernel import lang
 from tessera.kernel.build import TypeRuleError
 from tessera.kernel.dims import Dim
-from tessera.kernel.frontend.expressions import Expressions
+from tessera.kernel.frontend.expressions import Expressions, dotted
 from tessera.kernel.frontend.frame import Context, Exit, Frame, Method, SelfObject
 from tessera.kernel.frontend.liveness import Liveness
 from tessera.kernel.frontend.source import MISSING, source_of
@@ -85,6 +85,8 @@ class Calls(Expressions):
             return lang.cast(*args)
         python = _PYTHON.get(function) if is_hashable(function) else None
         if python is not None:
+            if function is hasattr:
+                self.reads.need_settled(*(x for x in args if not isinstance(x, SelfObject)))
             if function in _OVER_ITEMS and args and isinstance(args[0], Value):
                 raise TypeRuleError(f"{function.__name__}: {describe(args[0])} given; expected a tuple"
                                     f"{_OVER_ITEMS[function]}", args[0])
@@ -172,14 +174,16 @@ class Calls(Expressions):
 
     def _static(self, node: ast.expr) -> Any:
         """A dotted name without evaluating anything that has effects; MISSING where it is not one."""
-        if isinstance(node, ast.Name):
-            found = self.frame.env.get(node.id, MISSING) if self.frames else MISSING
-            return self.frame.source.lookup(node.id) if found is MISSING else found
-        if isinstance(node, ast.Attribute):
-            owner = self._static(node.value)
-            if owner is lang or isinstance(owner, types.ModuleType):
-                return getattr(owner, node.attr, MISSING)
-        return MISSING
+        names = dotted(node)
+        if not names:
+            return MISSING
+        found = self.frame.env.get(names[0], MISSING)
+        if found is MISSING:
+            self.reads.note(self.frame.source.function, names)
+            found = self.frame.source.lookup(names[0])
+        for name in names[1:]:
+            found = getattr(found, name, MISSING) if isinstance(found, types.ModuleType) else MISSING
+        return found
 
 
 def _bind(function: Callable[..., Any], args: list[Any], kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -205,8 +209,13 @@ def _parameters(function: Callable[..., Any]) -> str:
     return f"({', '.join(parts)})"
 
 
-@lru_cache(maxsize=1024)
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    # Defaults of the program's own functions may change, like all else that a kernel reads.
+    return _of_builtin(function) if hasattr(function, "__tile_builtin__") else inspect.signature(function)
+
+
+@lru_cache(maxsize=1024)
+def _of_builtin(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 

@@ -23,6 +23,7 @@ from tessera.kernel.frontend import indexing
 from tessera.kernel.frontend.frame import Context, Frame, Method, SelfObject, Undefined
 from tessera.kernel.frontend.indexing import Range
 from tessera.kernel.frontend.merge import Mismatch, is_leaf, join_types, materialise
+from tessera.kernel.frontend.reads import Reads, fingerprint
 from tessera.kernel.frontend.source import MISSING
 from tessera.kernel.ir import Block, Location, Value, ViewTy, walk
 from tessera.kernel.lang.core import describe, is_number, tile_of, tiles_of
@@ -53,6 +54,7 @@ class Expressions:
     frames: list[Frame]
     calls: list[Location]
     retypes: dict[DType, DType]
+    reads: Reads
 
     @property
     def frame(self) -> Frame:
@@ -104,9 +106,20 @@ class Expressions:
     def _Name(self, node: ast.Name) -> Any:
         found = self.frame.env.get(node.id, MISSING)
         if found is MISSING:
-            found = self.constant(self.frame.source.lookup(node.id))
+            self.reads.note(self.frame.source.function, [node.id])
+            return self._outside(node)
         if isinstance(found, Undefined):
             raise self.error(found.reason, node)
+        return found
+
+    def _outside(self, node: ast.expr) -> Any:
+        """The value of a dotted name whose first is no variable of the function; `reads` has noted it."""
+        if isinstance(node, ast.Attribute):
+            owner = self._outside(node.value)
+            with self.at(node):
+                return self.attribute(owner, node.attr)
+        assert isinstance(node, ast.Name)
+        found = self.constant(self.frame.source.lookup(node.id))
         if found is MISSING:
             raise self.error(f"unknown name {node.id!r}{did_you_mean(node.id, self._known_names())}", node)
         return found
@@ -211,13 +224,17 @@ class Expressions:
 
     def _compare(self, op: ast.cmpop, left: Any, right: Any, node: ast.AST) -> Any:
         if isinstance(op, (ast.Is, ast.IsNot)):
+            if not any(x is None or isinstance(x, (bool, Value, DType)) for x in (left, right)):
+                self.reads.give_up()  # which object it is
             same = left is right or (isinstance(left, DType) and left == right)
             return same == isinstance(op, ast.Is)
         if isinstance(op, (ast.In, ast.NotIn)):
+            self.reads.need_settled(left, right)
             if isinstance(left, Value) or not isinstance(right, (tuple, list, str, dict, frozenset, set)):
                 raise TypeRuleError(f"in: {describe(left)} in {describe(right)}; both must be known at compile time")
             return (left in right) == isinstance(op, ast.In)
         if _is_plain(left) or _is_plain(right):
+            self.reads.need_settled(left, right)
             if not isinstance(op, (ast.Eq, ast.NotEq)) and not (isinstance(left, str) and isinstance(right, str)):
                 raise TypeRuleError(f"{_COMPARE[type(op)]}: {describe(left)} and {describe(right)} cannot be compared",
                                     *[v for v in (left, right) if isinstance(v, Value)])
@@ -313,7 +330,13 @@ class Expressions:
     # -- attributes and subscripts ------------------------------------------------------------------
 
     def _Attribute(self, node: ast.Attribute) -> Any:
+        names = dotted(node)
+        if names and names[0] not in self.frame.env:
+            self.reads.note(self.frame.source.function, names)
+            return self._outside(node)
         owner = self.eval(node.value)
+        if not isinstance(owner, (Value, Context, SelfObject)) and fingerprint(owner) is None:
+            self.reads.give_up()
         with self.at(node):
             return self.attribute(owner, node.attr)
 
@@ -399,6 +422,15 @@ class Expressions:
 
     def _Call(self, node: ast.Call) -> Any:
         return self.call(node)
+
+
+def dotted(node: ast.expr) -> list[str]:
+    """The names of `a.b.c`, of `a`; none of other expressions."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(names)] if isinstance(node, ast.Name) else []
 
 
 def _is_plain(x: Any) -> bool:

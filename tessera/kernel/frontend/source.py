@@ -1,10 +1,12 @@
-"""A kernel's source: its syntax tree with the columns of the file, and the names it can see."""
+"""A kernel's source: its text, its syntax tree with the columns of the file, and the names it can see."""
 
 from __future__ import annotations
 
 import ast
 import builtins
+import hashlib
 import inspect
+import linecache
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,24 +39,14 @@ class Source:
         arguments = self.tree.args
         return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
 
-    @cached_property
+    @property
     def closure(self) -> Mapping[str, Any]:
-        """The names of enclosing functions."""
-        cells = self.function.__closure__ or ()
-        found = {}
-        for name, cell in zip(self.function.__code__.co_freevars, cells):
-            try:
-                found[name] = cell.cell_contents
-            except ValueError:  # not yet assigned
-                continue
-        return found
+        """The names of enclosing functions, as they are now."""
+        return closure_of(self.function)
 
     def lookup(self, name: str) -> Any:
-        """A name of the closure, the globals or Python's builtins; MISSING where there is none."""
-        for space in (self.closure, self.function.__globals__, vars(builtins)):
-            if name in space:
-                return space[name]
-        return MISSING
+        """A name of the closure, the globals or Python's builtins, as it is now; MISSING where there is none."""
+        return lookup(self.function, name)
 
     def location(self, node: ast.AST) -> Location:
         """The place of a syntax node; a node of several lines is marked to the end of its first's code."""
@@ -70,7 +62,77 @@ class Source:
         return Location(self.file, self.first_line + line - 1, column, end, text.rstrip("\n"))
 
 
-_parsed: dict[tuple[str, types.CodeType], tuple[ast.FunctionDef, str, int, list[str]]] = {}
+def closure_of(function: types.FunctionType) -> dict[str, Any]:
+    """The variables of enclosing functions that a function reads."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not yet assigned
+            continue
+    return found
+
+
+def lookup(function: types.FunctionType, name: str) -> Any:
+    """What a name that is no variable of a function stands for in it; MISSING where there is nothing."""
+    if function.__closure__:
+        found = closure_of(function).get(name, MISSING)
+        if found is not MISSING:
+            return found
+    found = function.__globals__.get(name, MISSING)
+    return vars(builtins).get(name, MISSING) if found is MISSING else found
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Where a function's source lies: the lines of its file, and which is its first (from 0)."""
+
+    file: str
+    lines: list[str] = field(repr=False)
+    first: int
+
+    @property
+    def digest(self) -> str:
+        """Tells the file's content apart from any other."""
+        known = _digests.get(self.file)
+        if known is None or known[0] is not self.lines:
+            text = "".join(self.lines).encode(errors="surrogatepass")
+            known = _digests[self.file] = self.lines, hashlib.sha256(text).hexdigest()
+        return known[1]
+
+
+_digests: dict[str, tuple[list[str], str]] = {}
+_Code = tuple[str, types.CodeType]  # equal code of two files is equal in Python's eyes
+_texts: dict[_Code, Text] = {}
+_parsed: dict[_Code, tuple[ast.FunctionDef, str, int, list[str]]] = {}
+
+
+def text_of(function: types.FunctionType) -> Text:
+    """The text that a function's source is read from; it is read once per code object.
+
+    Raises:
+        CompileError: it cannot be read (made by exec or typed at a prompt without history).
+    """
+    function = inspect.unwrap(function)
+    key = function.__code__.co_filename, function.__code__
+    found = _texts.get(key)
+    if found is None:
+        found = _texts[key] = _read(function)
+    return found
+
+
+def _read(function: types.FunctionType) -> Text:
+    # What inspect.findsource does, without its search through all modules for the function's own.
+    code = function.__code__
+    linecache.checkcache(code.co_filename)
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    first = code.co_firstlineno - 1
+    if first < len(lines) and lines[first].lstrip().startswith(("def ", "@")):
+        return Text(code.co_filename, lines, first)
+    try:
+        return Text(inspect.getsourcefile(function) or code.co_filename, *inspect.findsource(function))
+    except (OSError, TypeError):
+        raise CompileError(f"kernel {function.__name__}: its source cannot be read; define it in a file") from None
 
 
 def source_of(function: types.FunctionType) -> Source:
@@ -80,18 +142,17 @@ def source_of(function: types.FunctionType) -> Source:
         CompileError: the source cannot be read (made by exec or typed at a prompt without history), or is
             not a plain `def`.
     """
-    key = function.__code__.co_filename, function.__code__  # equal code of two files is equal in Python's eyes
+    plain = inspect.unwrap(function)
+    key = plain.__code__.co_filename, plain.__code__
     found = _parsed.get(key)
     if found is None:
-        found = _parsed[key] = _parse(function)
+        found = _parsed[key] = _parse(function.__name__, text_of(plain))
     return Source(function, *found)
 
 
-def _parse(function: types.FunctionType) -> tuple[ast.FunctionDef, str, int, list[str]]:
+def _parse(name: str, text: Text) -> tuple[ast.FunctionDef, str, int, list[str]]:
+    rest = text.lines[text.first:]
     try:
-        file = inspect.getsourcefile(function) or function.__code__.co_filename
-        whole, first = inspect.findsource(inspect.unwrap(function))
-        rest, first = whole[first:], first + 1
         try:
             # What inspect.getsourcelines does, without its tokenizer, which takes longer than the parser.
             lines = rest[:_block_length(rest)]
@@ -99,10 +160,8 @@ def _parse(function: types.FunctionType) -> tuple[ast.FunctionDef, str, int, lis
         except SyntaxError:
             lines = inspect.getblock(rest)
             tree = _parse_lines(lines)
-    except (OSError, TypeError):
-        raise CompileError(f"kernel {function.__name__}: its source cannot be read; define it in a file") from None
     except SyntaxError as error:
-        raise CompileError(f"kernel {function.__name__}: its source does not parse on its own: {error.msg}") from None
+        raise CompileError(f"kernel {name}: its source does not parse on its own: {error.msg}") from None
     body = tree.body
     if lines[0][:1].isspace() and isinstance(body[0], ast.If):
         body = body[0].body
@@ -111,8 +170,8 @@ def _parse(function: types.FunctionType) -> tuple[ast.FunctionDef, str, int, lis
                 node.lineno -= 1
                 node.end_lineno -= 1  # type: ignore[attr-defined]
     if not isinstance(body[0], ast.FunctionDef):
-        raise CompileError(f"kernel {function.__name__}: expected a plain def; got {type(body[0]).__name__}")
-    return body[0], file, first, lines
+        raise CompileError(f"kernel {name}: expected a plain def; got {type(body[0]).__name__}")
+    return body[0], text.file, text.first + 1, lines
 
 
 def _block_length(lines: list[str]) -> int:

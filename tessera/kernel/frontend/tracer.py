@@ -16,6 +16,7 @@ from tessera.kernel.frontend.expressions import CONSTRUCTS
 from tessera.kernel.frontend.frame import Context, Exit, Frame
 from tessera.kernel.frontend.liveness import jumps
 from tessera.kernel.frontend.loops import Loops
+from tessera.kernel.frontend.reads import Reads
 from tessera.kernel.frontend.source import Source
 from tessera.kernel.ir import Function, Location, Value, ViewTy
 from tessera.kernel.lang.core import describe, tracing
@@ -36,11 +37,12 @@ _INSTEAD = {
 class Tracer(Loops):
     """Traces one kernel into a function; builtins reach it through `lang.core.tracer`."""
 
-    def __init__(self, function: Function, retypes: Mapping[DType, DType]) -> None:
+    def __init__(self, function: Function, retypes: Mapping[DType, DType], reads: Reads) -> None:
         self.builder = Builder(function)
         self.frames: list[Frame] = []
         self.calls: list[Location] = []
         self.retypes = dict(retypes)
+        self.reads = reads
 
     def context(self) -> Context:
         """What `tile.context()` returns."""

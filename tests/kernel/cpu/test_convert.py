@@ -11,7 +11,7 @@ from tessera.kernel.backends.cpu.host import target
 from tests.kernel.programs import Program
 
 LOW = [ts.bf16, ts.f16, ts.fp8_e4m3, ts.fp8_e5m2]
-BACKENDS = {"host": cpu, "generic": SimpleNamespace(compile=lambda f: cpu.Compiled(f, target("generic")))}
+BACKENDS = {"host": cpu, "generic": SimpleNamespace(compile=lambda f: cpu.compile(f, target("generic")))}
 
 
 @pytest.fixture(params=BACKENDS)

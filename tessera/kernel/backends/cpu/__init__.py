@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,45 +17,35 @@ from torch._subclasses import FakeTensor
 
 from tessera import env
 from tessera.errors import LaunchError
-from tessera.kernel import cache
+from tessera.kernel import cache as disk
 from tessera.kernel.backends.cpu import jit
 from tessera.kernel.backends.cpu import threads as openmp
 from tessera.kernel.backends.cpu.host import Target, target
-from tessera.kernel.ir import Function, asserts, walk
+from tessera.kernel.interface import Interface
+from tessera.kernel.ir import Function, walk
 
 
 class Compiled:
-    """A kernel as machine code. Call it with the arguments in the order of the function's parameters."""
+    """A kernel as machine code. Call it with the arguments in the order of the function's parameters.
 
-    def __init__(self, function: Function, host: Target) -> None:
-        self._function, self._host = function, host
-        shown = {"passes", "llvm", "asm"} & set(env.get("TESSERA_DUMP").split(","))
-        if "llvm" in shown:
-            print(self.source, file=sys.stderr)
-        # What is to be shown is made anew: the cache keeps only the code.
-        code = self._compile() if shown else cache.cached(
-            f"cpu {host.key}\n{function}\n{function.schedule}{_printed_places(function)}", self._compile)
+    Args:
+        code: what `jit.compile_to_object` made, perhaps in another process.
+        entry: the name of the code's entry in the cache, if it has one.
+        text: gives the LLVM text that the code was made from.
+    """
+
+    def __init__(self, interface: Interface, code: bytes, host: Target, text: Callable[[], str],
+                 entry: str | None = None) -> None:
+        self.interface, self.entry, self._text = interface, entry, text
         self._library = jit.load_object(code, host, openmp.symbols())
         self._launch = openmp.entry(self._library)
-        self._pack = struct.Struct(_slot_format(function)).pack
-        self._asserts = asserts(function)
-
-    def _compile(self) -> bytes:
-        return jit.compile_to_object(self.source, self._host)
+        self._pack = struct.Struct(_slot_format(interface)).pack
+        self._asserts = interface.asserts
 
     @cached_property
     def source(self) -> str:
         """The LLVM text that the code was made from."""
-        # Imported here: what comes from the disk cache needs none of the generator, whose import takes longer than
-        # all else that a first launch does.
-        from tessera.kernel.backends.cpu import blocks, entries
-        from tessera.kernel.backends.cpu.lower import lower, uneven_segments
-        from tessera.kernel.passes import prepare
-
-        function = prepare(self._function, lambda f, dims: blocks.choose(f, dims, self._host))
-        module, segments = lower(function, self._host)
-        entries.emit_launch(module, segments, dynamic=uneven_segments(function))
-        return module.text()
+        return self._text()
 
     def pack(self, args: Sequence[Any], sizes: Sequence[int], threads: int) -> bytes:
         """The arguments as the machine code reads them: 8-byte slots, the last one for its status."""
@@ -78,8 +68,8 @@ class Compiled:
         return self._pack(*slots, *sizes, threads, 0)
 
     def _without_memory(self, args: Sequence[Any], arg: torch.Tensor) -> LaunchError:
-        name = next(p.name for p, given in zip(self._function.params, args) if given is arg)
-        return LaunchError(f"kernel {self._function.name}: {name} is a {type(arg).__name__} without memory of its own; "
+        name = next(name for name, given in zip(self.interface.names, args) if given is arg)
+        return LaunchError(f"kernel {self.interface.name}: {name} is a {type(arg).__name__} without memory of its own; "
                            "expected a tensor with values")
 
     def __call__(self, args: Sequence[Any], sizes: Sequence[int]) -> None:
@@ -95,8 +85,7 @@ class Compiled:
     def check(self, status: int) -> None:
         """Raise LaunchError where a launch has left the number of an assertion in its status."""
         if status:
-            op = self._asserts[status - 1]
-            raise LaunchError(f"{op.loc}: assertion failed: {op.attrs.get('text') or 'tile.assert'}")
+            raise LaunchError(self._asserts[status - 1])
 
     # -- for `replay`, which runs the parts of several kernels in one parallel region --------------------
 
@@ -118,16 +107,28 @@ class Compiled:
 
     def slot(self, argument: int) -> int:
         """Where an argument's address stands in the packed arguments."""
-        return sum(1 + p.value.type.rank if p.is_view else 1 for p in self._function.params[:argument])
+        return len(_slot_format(self.interface, argument))
 
 
-def _slot_format(function: Function) -> str:
-    """The struct format of the packed arguments: what `Context` reads, the number of threads, the status slot."""
-    slots = ""
-    for param in function.params:
-        dtype = param.value.type.dtype
-        slots += "q" * (1 + param.value.type.rank) if param.is_view else "d" if dtype.is_float else "q"
-    return slots + "q" * (len(function.sizes) + 2)
+def _slot_format(interface: Interface, count: int | None = None) -> str:
+    """The struct format of the packed arguments, or of the first ones: what `Context` reads. All of them are followed
+    by the sizes, the number of threads and the status slot."""
+    slots = "".join("q" * (1 + p) if isinstance(p, int) else "d" if p == "float" else "q"
+                    for p in interface.params[:count])
+    return slots if count is not None else slots + "q" * (len(interface.sizes) + 2)
+
+
+def _llvm_text(function: Function, host: Target) -> str:
+    # Imported here: what comes from the disk cache needs none of the generator, whose import takes longer than
+    # all else that a first launch does.
+    from tessera.kernel.backends.cpu import blocks, entries
+    from tessera.kernel.backends.cpu.lower import lower, uneven_segments
+    from tessera.kernel.passes import prepare
+
+    function = prepare(function, lambda f, dims: blocks.choose(f, dims, host))
+    module, segments = lower(function, host)
+    entries.emit_launch(module, segments, dynamic=uneven_segments(function))
+    return module.text()
 
 
 def _printed_places(function: Function) -> str:
@@ -135,6 +136,30 @@ def _printed_places(function: Function) -> str:
     return "".join(f"\nprint at {op.loc}" for op in walk(function.body) if op.name == "print")
 
 
-def compile(function: Function) -> Compiled:
-    """Machine code for this host (or for TESSERA_CPU)."""
-    return Compiled(function, target())
+def target_key() -> str:
+    """What manifests are told apart by: the processor that code is made for."""
+    return _key(target())
+
+
+def _key(host: Target) -> str:
+    return f"cpu {host.key}"
+
+
+def load(interface: Interface, code: bytes, function: Callable[[], Function]) -> Compiled:
+    """A kernel whose code was on disk; `function` traces it, for those who ask for its source."""
+    host = target()
+    return Compiled(interface, code, host, cache(lambda: _llvm_text(function(), host)))
+
+
+def compile(function: Function, host: Target | None = None) -> Compiled:
+    """Machine code for a processor (by default this one, or what TESSERA_CPU says), from the disk or made now."""
+    host = host or target()
+    text = cache(lambda: _llvm_text(function, host))
+    shown = {"passes", "llvm", "asm"} & set(env.get("TESSERA_DUMP").split(","))
+    if "llvm" in shown:
+        print(text(), file=sys.stderr)
+    if shown:  # made anew: the cache keeps only the code
+        return Compiled(Interface.of(function), jit.compile_to_object(text(), host), host, text)
+    entry = disk.name_of(f"{_key(host)}\n{function}\n{function.schedule}{_printed_places(function)}")
+    code = disk.fetch(entry, lambda: jit.compile_to_object(text(), host))
+    return Compiled(Interface.of(function), code, host, text, entry)
