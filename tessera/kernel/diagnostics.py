@@ -14,11 +14,13 @@ The frontend and the verifier raise these.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tessera.errors import CompileError
 from tessera.kernel.ir import Location, TileTy, Value, ViewTy
 
+_SCALAR = re.compile(r"%\d+")
 # What an expression does to its operands on the way: the note names what they were before.
 _CONVERSIONS = ("load", "cast", "broadcast")
 
@@ -28,12 +30,20 @@ class InternalCompilerError(CompileError):
 
 
 def compile_error(message: str, loc: Location | None, operands: Sequence[Value] = (),
-                  callers: Sequence[Location] = (), notes: Sequence[str] = ()) -> CompileError:
-    """The error to raise; `callers` are the calls, outermost first, that were inlined to get to `loc`."""
+                  callers: Sequence[Location] = (), notes: Sequence[str] = (),
+                  scalars: Mapping[str, str] | None = None) -> CompileError:
+    """The error to raise; `callers` are the calls, outermost first, that were inlined to get to `loc`.
+
+    `scalars` are the program's names of run-time scalars that sizes name as the IR does: "%12".
+    """
+    def named(text: str) -> str:
+        return _SCALAR.sub(lambda found: (scalars or {}).get(found.group(), "?"), text)
+
+    message = named(message)
     lines = [f"{loc}: {message}" if loc else message]
     if loc is not None:
         lines += _excerpt(loc)
-    lines += [f"note: {text}" for text in _dedupe(_origin(value, loc) for value in operands)]
+    lines += [f"note: {text}" for text in _dedupe(_origin(value, loc, named) for value in operands)]
     lines += [f"note: {text}" for text in notes]
     lines += [f"note: called from {caller}: {caller.text.strip()}" for caller in reversed(callers)]
     return CompileError("\n".join(lines))
@@ -46,11 +56,11 @@ def _excerpt(loc: Location) -> list[str]:
     return ["    " + text[lead:], "    " + " " * max(0, loc.column - lead) + "^" * width]
 
 
-def _origin(value: Value, here: Location | None) -> str | None:
+def _origin(value: Value, here: Location | None, named: Callable[[str], str]) -> str | None:
     """Where an operand comes from; None when it was made by the offending expression itself."""
     while value.op is not None and value.op.name in _CONVERSIONS and _same_place(value.op.loc, here):
         value = value.op.operands[0]
-    what = f"{value.hint or 'this operand'} is {_type_text(value.type)}"
+    what = f"{value.hint or 'this operand'} is {named(_type_text(value.type))}"
     loc = value.op.loc if value.op is not None else value.loc
     if loc is None:
         return what if value.hint else None

@@ -124,8 +124,7 @@ class Signature:
                 if all(split_fraction(a)[0] in known for a in dim.atoms)}
 
     def _context_dims(self) -> dict[str, Dim]:
-        written = {str(dim): dim for dims in self.dims.values() for dim in dims}
-        return {**{name: Dim.atom(name) for name in self.sizes}, **written}
+        return {**{name: Dim.atom(name) for name in self.sizes}, **_written(self.parameters, self.dims)}
 
 
 def _at(dim: Dim, known: Mapping[str, Dim]) -> Dim:
@@ -250,10 +249,14 @@ def make_signature(name: str, parameters: Sequence[Parameter]) -> Signature:
         exact |= {f"{base}/{k}": (lcm // k) * Dim.atom(f"{base}/{lcm}") for k in range(2, lcm + 1) if lcm % k == 0}
     shapes = {n: tuple(d.substitute(exact) for d in shape) for n, shape in dims.items()}
     sizes = tuple(dict.fromkeys(s.name for s in steps))
-    written = {str(d): d for shape in dims.values() for d in shape}
-    named = {n: d.substitute(exact) for n, d in {**written, **{s: Dim.atom(s) for s in sizes}}.items()
-             if d.const is None}
+    names = {**_written(parameters, dims), **{s: Dim.atom(s) for s in sizes if s.isidentifier()}}
+    named = {n: d.substitute(exact) for n, d in names.items() if d.const is None}
     return Signature(name, tuple(parameters), dims, shapes, sizes, steps, named, divisors)
+
+
+def _written(parameters: Iterable[Parameter], dims: Mapping[str, Sequence[Dim]]) -> dict[str, Dim]:
+    """Sizes by their text in the annotations: "G*C", which is not the text of its normal form."""
+    return {str(text): dim for p in parameters if p.kind == "tile" for text, dim in zip(p.dims, dims[p.name])}
 
 
 def _divisors(shapes: Iterable[Sequence[Dim]]) -> dict[str, int]:

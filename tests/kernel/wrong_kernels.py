@@ -283,7 +283,7 @@ def float_index(x: Mat, o: Mat):
 
 @ts.kernel
 def slice_with_step(x: Mat, o: Mat):
-    tile.store(o, x[:, ::2])  # error: only a step of 1 @ ::2
+    tile.store(o, x[:, ::2])  # error: is not known to divide by the step 2; name it "2*N" @ x[:, ::2] @ x is f32[S, D]
 
 
 @ts.kernel
@@ -448,7 +448,7 @@ def compares_none(x: Mat, o: Mat, mask: Optional[Mat] = None):
 
 @ts.kernel
 def zero_step(x: Mat, o: Mat):
-    for i in tile.range(0, 8, 0):  # error: range: step 0 given @ tile.range(0, 8, 0)
+    for i in tile.range(0, 8, 0):  # error: range: step 0 given; expected another int @ tile.range(0, 8, 0)
         o[i] = x[i]
 
 
@@ -696,3 +696,94 @@ def attribute_of_a_tile(x: Mat, o: Mat):
 @ts.kernel
 def no_annotation(x: Mat, o: Mat, sizes=(1, 2)):  # error: parameter 'sizes' has no annotation @ sizes
     tile.store(o, x)
+
+
+# -- what engineers of the field write -----------------------------------------------------------------
+
+
+negated = lambda v: -v  # noqa: E731
+bank = torch.zeros(3)
+
+
+@ts.kernel
+def writes_with_a_step(x: Tile["S", "2*D", f32], o: Tile["S", "2*D", f32]):
+    o[:, ::2] = x[:, 1::2]  # error: a slice with a step of the parameter o: &f32[S, 2*D] cannot be written to; join the parts @ o[:, ::2]
+
+
+@ts.kernel
+def step_of_the_run_time(x: Mat, o: Mat, n: int):
+    tile.store(o, x[:, ::n])  # error: a slice has the step n: int64; expected a positive int known at compile time @ ::n
+
+
+@ts.kernel
+def step_to_a_stop(x: Tile["S", "2*D", f32], o: Mat):
+    o[:] = x[:, 0:4:2]  # error: expected one from a start below 2 to the end @ x[:, 0:4:2]
+
+
+@ts.kernel
+def calls_a_lambda(x: Mat, o: Mat):
+    tile.store(o, negated(x))  # error: a lambda cannot be compiled; write it as a def @ negated(x)
+
+
+@ts.kernel
+def tensor_of_the_module(x: Tile["S", 3, f32], o: Tile["S", 3, f32]):
+    tile.store(o, x * bank)  # error: mul: a torch tensor of shape [3] given; expected a tile, a parameter or a number; make it a parameter @ x * bank
+
+
+@ts.kernel
+def adds_a_ragged_block(x: Tile["N", f32], o: Tile[1, f32]):
+    acc = tile.zeros((16,))
+    for start in tile.range(0, x.shape[0], 16):  # error: how many elements count, min(-start+N, 16), is not known outside the block that defines it; write to acc[...] @ for start in tile.range(0, x.shape[0], 16): @ acc is f32[16<min(-start+N, 16)], made at line
+        acc += x[start:start + 16]
+    o[0] = tile.sum(acc)
+
+
+@ts.kernel
+def shape_of_a_loop_variable(x: Tile[16, f32], o: Tile[16, f32], n: int):
+    row = tile.load(x)
+    while n > 0:
+        row = tile.reshape(row, (16 // n, n))[0]  # error: the new shape [(16)//(n), n] has n*(16)//(n) @ tile.reshape(row, (16 // n, n))
+        n -= 1
+    o[:] = row
+
+
+@ts.kernel
+def more_names_than_a_star_takes(x: Mat, o: Mat):
+    a, b, c, *rest = x.shape  # error: 2 values for 4 names @ a, b, c, *rest
+    tile.store(o, x)
+
+
+@ts.kernel
+def mask_times_scores(x: Mat, keep: Tile["S", "D", torch.bool], o: Mat):
+    tile.store(o, x * keep)  # error: mul: f32 and bool do not mix; cast one of them @ x * keep @ keep is bool[S, D], declared at line
+
+
+@ts.kernel
+def adds_a_position_to_a_float(x: Mat, o: Mat):
+    tile.store(o, x + tile.arange(x.shape[1]))  # error: add: f32 and int32 do not mix; cast one of them @ x + tile.arange(x.shape[1])
+
+
+@ts.kernel
+def weights_by_rows(x: Mat, w: Tile["S", f32], o: Vec):
+    tile.store(o, tile.sum(x, axis=0) / tile.sum(w, axis=1))  # error: axis 1 is outside @ tile.sum(w, axis=1)
+
+
+@ts.kernel
+def heads_not_divided(x: Tile["S", "H*D", f32], o: Tile["S", "H", "D", f32]):
+    tile.store(o, x)  # error: does not fit o: &f32[S, H, D] @ tile.store(o, x)
+
+
+@ts.kernel
+def random_seed_of_a_tile(x: Mat, seeds: Tile["S", int32], o: Mat):
+    tile.store(o, tile.dropout(x, 0.5, seed=seeds))  # error: rand: seed is seeds: int32[S]; expected an int scalar @ tile.dropout(x, 0.5, seed=seeds)
+
+
+@ts.kernel
+def counts_in_a_grid(ids: Tile["S", int32], counts: Tile["V", int32]):
+    for i in tile.grid(ids.shape[0]):
+        counts[0] += 1  # error: write race: every program of the grid writes the same place of 'counts' @ counts[0]
+
+
+@ts.kernel
+def scores_by_bits(x: Mat, o: Mat):
+    tile.store(o, x & 3)  # error: and: f32 and f32 given; expected ints or bools @ x & 3

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
+from tessera.errors import CompileError
 from tessera.kernel import lang
 from tessera.kernel.build import TypeRuleError
 from tessera.kernel.dims import Dim
 from tessera.kernel.frontend.expressions import Expressions, dotted
 from tessera.kernel.frontend.frame import Context, Exit, Frame, Method, SelfObject
 from tessera.kernel.frontend.liveness import Liveness
-from tessera.kernel.frontend.source import MISSING, source_of
+from tessera.kernel.frontend.source import MISSING, Source, source_of
 from tessera.kernel.ir import Value, ViewTy
 from tessera.kernel.lang.core import builder, describe, is_number
 from tessera.kernel.lang.elementwise import binary, plain
@@ -76,6 +77,8 @@ class Calls(Expressions):
         if hasattr(function, "__tile_builtin__"):
             _bind(function, args, kwargs, f"tile.{function.__name__}")
             return function(*args, **kwargs)
+        if isinstance(function, functools.partial):
+            return self.apply(function.func, [*function.args, *args], {**function.keywords, **kwargs}, node)
         kernel = getattr(function, "__tile_kernel__", None)
         if kernel is not None:
             return self._inline_kernel(kernel, args, kwargs, node)
@@ -118,7 +121,7 @@ class Calls(Expressions):
     def _inline(self, function: types.FunctionType, args: list[Any], kwargs: dict[str, Any], node: ast.Call,
                 context: Context | None = None) -> Any:
         """Trace a function's body here; its result is what it returns."""
-        source = source_of(function)
+        source = self._source(function)
         env = _bind(function, args, kwargs, function.__name__)
         if any(f.source.function.__code__ is function.__code__ for f in self.frames):
             raise TypeRuleError(f"{function.__name__} calls itself; recursion cannot be compiled")
@@ -138,6 +141,14 @@ class Calls(Expressions):
             if place is not None and not library:
                 self.calls.pop()
         return returned
+
+    def _source(self, function: types.FunctionType) -> Source:
+        if function.__name__ == "<lambda>":
+            raise TypeRuleError("a lambda cannot be compiled; write it as a def")
+        try:
+            return source_of(function)
+        except CompileError as error:
+            raise TypeRuleError(str(error)) from None
 
     def _inline_kernel(self, kernel: Any, args: list[Any], kwargs: dict[str, Any], node: ast.Call) -> Any:
         """A kernel called in a kernel: its sizes are those of the tiles that it is given."""
@@ -214,7 +225,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return _of_builtin(function) if hasattr(function, "__tile_builtin__") else inspect.signature(function)
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def _of_builtin(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
@@ -270,6 +281,11 @@ def _extreme(name: str) -> Callable[..., Any]:
     return apply
 
 
+def _folded(python: Callable[..., Any], of_tiles: Callable[..., Any]) -> Callable[..., Any]:
+    """Python's own function where every argument is a number known now."""
+    return lambda *args: python(*args) if all(map(is_number, args)) else of_tiles(*args)
+
+
 def _sum(items: Any, start: Any = 0) -> Any:
     for item in items:
         start = item if is_number(start) and start == 0 else binary("add", start, item)
@@ -305,7 +321,8 @@ _OVER_ITEMS: dict[Any, str] = {
 
 _PYTHON: dict[Any, Callable[..., Any]] = {
     float: _float, int: _int, bool: _bool, len: _len, max: _extreme("max"), min: _extreme("min"), sum: _sum,
-    abs: lang.abs, round: lang.round, range: _range, print: lang.print, breakpoint: _breakpoint,
-    tuple: tuple, list: list, enumerate: _enumerate, zip: lambda *items: tuple(zip(*items)),
-    reversed: lambda items: tuple(reversed(items)), isinstance: _isinstance, hasattr: _hasattr, pow: lang.pow,
+    abs: _folded(abs, lang.abs), round: _folded(round, lang.round), pow: _folded(pow, lang.pow),
+    range: _range, print: lang.print, breakpoint: _breakpoint, tuple: tuple, list: list, enumerate: _enumerate,
+    zip: lambda *items: tuple(zip(*items)), reversed: lambda items: tuple(reversed(items)),
+    isinstance: _isinstance, hasattr: _hasattr,
 }

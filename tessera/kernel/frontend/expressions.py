@@ -25,7 +25,7 @@ from tessera.kernel.frontend.indexing import Range
 from tessera.kernel.frontend.merge import Mismatch, is_leaf, join_types, materialise
 from tessera.kernel.frontend.reads import Reads, fingerprint
 from tessera.kernel.frontend.source import MISSING
-from tessera.kernel.ir import Block, Location, Value, ViewTy, walk
+from tessera.kernel.ir import Block, Location, Op, Value, ViewTy, walk
 from tessera.kernel.lang.core import describe, is_number, tile_of, tiles_of
 from tessera.kernel.lang.elementwise import binary, plain
 from tessera.types import DType, bool_, dtype_of
@@ -87,7 +87,12 @@ class Expressions:
         """The error to raise for a node (None: the place that is stamped now)."""
         inlined = bool(self.frames) and self.frame.library
         loc = self.builder.loc if node is None or inlined else self.frame.source.location(node)
-        return compile_error(message, loc, operands, [c for c in self.calls if c != loc])
+        return compile_error(message, loc, operands, [c for c in self.calls if c != loc], scalars=self._scalar_names())
+
+    def _scalar_names(self) -> dict[str, str]:
+        """The program's names of the run-time scalars that sizes are made of."""
+        return {str(value.expr): name for frame in self.frames for name, value in frame.env.items()
+                if isinstance(value, Value) and value.expr is not None}
 
     # -- dispatch -----------------------------------------------------------------------------------
 
@@ -270,7 +275,7 @@ class Expressions:
         with self.at(node):
             if isinstance(right, bool):
                 return left if right == (name == "and") else right
-            if not any(op.name in _EFFECTS for op in walk(block)):
+            if not any(map(_is_guarded, walk(block))):
                 self.builder.block.ops.extend(block.ops)
                 return self.builder.binary(name, left, right)
             other = Block()
@@ -312,7 +317,7 @@ class Expressions:
             with self.builder.inside(block):
                 values.append(self.scalar_now(self.eval(branch)))
         with self.at(node):
-            if not any(op.name in _EFFECTS for block in blocks for op in walk(block)):
+            if not any(_is_guarded(op) for block in blocks for op in walk(block)):
                 self.builder.block.ops.extend([*blocks[0].ops, *blocks[1].ops])
                 return self.builder.where(condition, *tiles_of(*values, what="conditional expression"))
             try:
@@ -416,9 +421,11 @@ class Expressions:
     def _index_item(self, node: ast.expr) -> Any:
         if not isinstance(node, ast.Slice):
             return self.scalar_now(self.eval(node))
-        if node.step is not None and self.eval(node.step) != 1:
-            raise self.error("index: a slice has a step; only a step of 1 can be compiled", node)
-        return Range(*(None if n is None else self.scalar_now(self.eval(n)) for n in (node.lower, node.upper)))
+        step = 1 if node.step is None else self.eval(node.step)
+        if not isinstance(step, int) or step < 1:
+            raise self.error(f"index: a slice has the step {describe(step)}; expected a positive int known at compile "
+                             "time", node)
+        return Range(*(None if n is None else self.scalar_now(self.eval(n)) for n in (node.lower, node.upper)), step)
 
     def _Call(self, node: ast.Call) -> Any:
         return self.call(node)
@@ -431,6 +438,14 @@ def dotted(node: ast.expr) -> list[str]:
         names.append(node.attr)
         node = node.value
     return [node.id, *reversed(names)] if isinstance(node, ast.Name) else []
+
+
+def _is_guarded(op: Op) -> bool:
+    """Whether an operation may only run where the program gets to it: it touches memory, or divides ints."""
+    if op.name in ("floordiv", "mod"):
+        divisor = op.operands[1]
+        return divisor.type.dtype.is_int and not (divisor.op is not None and divisor.op.name == "const")
+    return op.name in _EFFECTS
 
 
 def _is_plain(x: Any) -> bool:

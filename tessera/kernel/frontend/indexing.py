@@ -20,10 +20,11 @@ from tessera.types import bool_, int64
 
 @dataclass(frozen=True)
 class Range:
-    """`start:stop`; None is an open end."""
+    """`start:stop:step`; None is an open end."""
 
     start: Any
     stop: Any
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def read(base: Value, items: Sequence[Any]) -> Value:
         rows = builder().gather(base, tile_of(first))
         rest = [Range(None, None)] * first.type.rank + list(items[1:])
         return read(rows, rest) if len(items) > 1 else rows
+    if any(map(_has_step, items)):
+        return read(*_by_steps(base, items))
     index = resolve(base, items)
     if index.new_axes:
         base = tile_of(base)
@@ -99,6 +102,10 @@ def write_view(base: Value, items: Sequence[Any], x: Any) -> None:
         TypeRuleError: x does not fit, or there are more indices beside an int tile.
     """
     first = items[0] if items else None
+    if any(map(_has_step, items)):
+        raise TypeRuleError(f"index: a slice with a step of the parameter {show(base)} cannot be written to; join the "
+                            "parts along a new last axis, tile.concat([x[..., None], y[..., None]], axis=-1), and "
+                            "reshape", base)
     if not (isinstance(first, Value) and first.type.rank):
         lang.store(read(base, items), x)
         return
@@ -114,6 +121,46 @@ def write_view(base: Value, items: Sequence[Any], x: Any) -> None:
     lang.scatter(base, index, value)
 
 
+def _has_step(item: Any) -> bool:
+    return isinstance(item, Range) and item.step != 1
+
+
+def _by_steps(base: Value, items: Sequence[Any]) -> tuple[Value, list[Any]]:
+    """`x[..., 1::2]` of a size 2*D is `x.reshape(..., D, 2)[..., 1]`: the tile and the items to take of it.
+
+    Raises:
+        TypeRuleError: the step does not divide the size, or the slice does not run to the end.
+    """
+    spread = list(items)
+    if Ellipsis in spread:
+        at = spread.index(Ellipsis)
+        count = base.type.rank - sum(item is not None for item in items) + 1
+        spread[at:at + 1] = [Range(None, None)] * count
+    shape: list[Dim] = []
+    taken: list[Any] = []
+    axis = 0
+    for item in spread:
+        taken.append(item)
+        if item is None:
+            continue
+        if axis >= base.type.rank:
+            raise TypeRuleError(f"index: more indices given than {show(base)} has axes", base)
+        size = base.type.shape[axis]
+        shape.append(size)
+        if _has_step(item):
+            start, step = 0 if item.start is None else item.start, item.step
+            if item.stop is not None or not isinstance(start, int) or not 0 <= start < step:
+                raise TypeRuleError(f"index: a slice with the step {step} given for axis {axis} of {show(base)}; "
+                                    f"expected one from a start below {step} to the end", base)
+            if size // step * step != size or base.type.valid[axis] is not None:
+                raise TypeRuleError(f"index: {size}, the size of axis {axis} of {show(base)}, is not known to divide "
+                                    f"by the step {step}; name it \"{step}*N\" in the parameter's annotation", base)
+            shape[-1:] = [size // step, Dim.of(step)]
+            taken[-1:] = [Range(None, None), start]
+        axis += 1
+    return builder().reshape(tile_of(base), (*shape, *base.type.shape[axis:])), taken
+
+
 def _check_rows(index: Value) -> None:
     """Refuse a mask where rows are picked: how many it picks is not known."""
     if index.type.dtype == bool_:
@@ -127,6 +174,8 @@ def write(base: Value, items: Sequence[Any], x: Any) -> Value:
     Raises:
         TypeRuleError: x does not fit the slice.
     """
+    if any(map(_has_step, items)):
+        return builder().reshape(write(*_by_steps(base, items), x), base.type.shape)
     index = resolve(base, items)
     if index.new_axes:
         raise TypeRuleError("index: None cannot be written to", base)
@@ -139,6 +188,7 @@ def write(base: Value, items: Sequence[Any], x: Any) -> Value:
     if value.type.shape != shape:
         raise TypeRuleError(f"index: {show(value)} written to a slice of shape {list(shape)} of {show(base)}",
                             value, base)
+    _end_early(base, index, value)
     if all(entry[0] == "all" for entry in index.spec):
         return builder().cast(value, base.type.dtype)
     written = [axis for axis, entry in enumerate(index.spec) if entry[0] != "all"]
@@ -153,6 +203,17 @@ def write(base: Value, items: Sequence[Any], x: Any) -> Value:
         order = sorted(written, key=lambda axis: axis in open_ended)
         return _write_slice(base, index, builder().cast(value, base.type.dtype), order)
     return _write_elements(base, index, value)
+
+
+def _end_early(base: Value, index: Index, value: Value) -> None:
+    """Make a range of each whole axis that ends early in `value` but not in `base`: the rest of `base` stays."""
+    position = 0
+    for axis, entry in enumerate(index.spec):
+        valid = value.type.valid[position] if entry[0] != "at" else None
+        position += entry[0] != "at"
+        if entry[0] == "all" and valid is not None and base.type.valid[axis] is None:
+            index.starts.append(builder().const(0))
+            index.spec[axis] = ("range", len(index.starts), base.type.shape[axis], valid)
 
 
 def _write_slice(base: Value, index: Index, value: Value, axes: Sequence[int]) -> Value:

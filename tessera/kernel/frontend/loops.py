@@ -8,10 +8,11 @@ and a dim that becomes ragged in the body is ragged from the start, if its end i
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tessera.errors import CompileError
 from tessera.kernel.build import TypeRuleError, show
 from tessera.kernel.dims import Dim
 from tessera.kernel.frontend.branches import Branches
@@ -36,7 +37,9 @@ from tessera.kernel.lang.program import LoopRange
 from tessera.types import bool_, int64
 
 _MAX_UNROLL = 1024
+_MAX_BREAKS = 64  # iterations that nest in each other, as each may end the unrolled loop
 _MAX_ROUNDS = 6
+_LEFT = "the iterations left"
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Loops(Branches):
         space = self.eval(s.iter)
         after = self.live_after(rest)
         if isinstance(space, (tuple, list, range)):
-            return self._unrolled(s, list(space), after)
+            return self._unrolled(s, list(space), rest)
         if not isinstance(space, LoopRange):
             raise self.error(f"for: {describe(space)} given; expected tile.grid, tile.range, range or a tuple", s.iter)
         if space.kind == "static":
@@ -75,7 +78,7 @@ class Loops(Branches):
                 start, stop, step = (int_of(b, "static_range") for b in space.bounds)
                 if not step:
                     raise TypeRuleError("static_range: the step is 0")
-            return self._unrolled(s, list(range(start, stop, step)), after)
+            return self._unrolled(s, list(range(start, stop, step)), rest)
         nested = any(frame.scope.kind in ("loop", "grid") for frame in self.frames)
         if space.kind in ("grid", "thread") and not nested:
             self._grid(s, space, after)
@@ -88,19 +91,22 @@ class Loops(Branches):
 
     # -- unrolled -----------------------------------------------------------------------------------
 
-    def _unrolled(self, s: ast.For, items: list[Any], after: Names) -> Exit | None:
+    def _unrolled(self, s: ast.For, items: list[Any], rest: list[ast.stmt]) -> Exit | None:
         if len(items) > _MAX_UNROLL:
             raise self.error(f"for: {len(items)} iterations to unroll; use tile.range", s.iter)
+        after = self.live_after(rest)
         head = self.frame.liveness.loop_entry(s.body, after)
         names = tuple(n for n in self.frame.liveness.assigned(s.body) if n in head | after)
         outer = self.frame.scope
         self.frame.scope = Scope("unrolled", Exits(head | after, after, head | after), names)
         try:
-            for item in items:
+            for done, item in enumerate(items, 1):
                 self.assign(s.target, item)
                 exit = self.run_body(s.body)
                 if isinstance(exit.stop, Value):
-                    raise self.error("break on a run-time condition in an unrolled loop; use tile.range", s)
+                    self.frame.scope = outer
+                    self._unless_stopped(s, exit.stop, items[done:], rest)
+                    return None
                 if exit.has_returned:
                     return exit
                 if exit.stop:
@@ -108,6 +114,18 @@ class Loops(Branches):
         finally:
             self.frame.scope = outer
         return None
+
+    def _unless_stopped(self, s: ast.For, stop: Value, items: list[Any], rest: list[ast.stmt]) -> None:
+        """The iterations that are left after one that may have met a `break`: an `if` around them."""
+        if not items:
+            return
+        if len(items) > _MAX_BREAKS:
+            raise self.error(f"break on a run-time condition with {len(items)} iterations left to unroll; use "
+                             "tile.range", s)
+        self.frame.env[_LEFT] = tuple(items)
+        iterations = ast.copy_location(ast.Name(_LEFT, ast.Load()), s.iter)
+        left = ast.copy_location(ast.For(s.target, iterations, s.body, []), s)
+        self.branch(ast.copy_location(ast.If(s.iter, [ast.copy_location(ast.Pass(), s)], [left]), s), stop, rest)
 
     # -- parallel -----------------------------------------------------------------------------------
 
@@ -152,15 +170,18 @@ class Loops(Branches):
     def _sequential(self, s: ast.For, bounds: Sequence[Any], after: Names) -> None:
         with self.at(s.iter):
             low, high, step = (self._int_scalar(b, "range") for b in bounds)
+            index = None
             if step.expr is not None and step.expr.const is not None and step.expr.const <= 0:
-                raise TypeRuleError(f"range: step {step.expr} given; expected a positive int")
+                if not step.expr.const:
+                    raise TypeRuleError("range: step 0 given; expected another int")
+                low, high, step, index = self._downwards(low, high, step)
         head = self.frame.liveness.loop_entry(s.body, after)
         carried, env = self._carried(s.body, head | after - self._targets(s.target)), dict(self.frame.env)
         scope = Scope("loop", Exits(head | after, after, head | after), tuple(carried.initial))
         for _ in range(_MAX_ROUNDS):
             block = Block([self.builder.argument(TileTy((), int64))])
             self.frame.env = dict(env)
-            exit, changed = self._iteration(s, block, carried, scope, block.args[0])
+            exit, changed = self._iteration(s, block, carried, scope, index or (lambda counter: counter))
             if not changed:
                 break
         else:
@@ -174,11 +195,55 @@ class Loops(Branches):
             op = self.builder.emit("for", operands, carried.types, [block], early_exit=early or None)
         self._leave(s, env, carried.bind(op.results), "loop")
 
+    def _downwards(self, low: Value, high: Value, step: Value) -> tuple[Value, Value, Value, Callable[[Value], Value]]:
+        """The bounds of a loop that counts the iterations of one with a negative step, and its variable."""
+        make = self.builder
+        size = make.unary("neg", step)
+        gap = make.binary("add", make.binary("sub", low, high), make.binary("sub", size, make.const(1)))
+        count = make.binary("floordiv", gap, size)
+        return make.const(0), count, make.const(1), lambda k: make.binary("add", low, make.binary("mul", k, step))
+
     def while_loop(self, s: ast.While, rest: list[ast.stmt]) -> None:
-        """Trace a `while`."""
+        """Trace a `while`: at run time, or iteration by iteration where only that compiles."""
         if s.orelse:
             raise self.error("else of a loop cannot be compiled", s.orelse[0])
         after = self.live_after(rest) | reads(s.test)
+        env, ops = dict(self.frame.env), len(self.builder.block.ops)
+        try:
+            self._while_at_run_time(s, after)
+        except CompileError:
+            # Its tiles may change their shapes: numbers that are known decide how often it runs.
+            failed, self.frame.env = self.frame.env, env
+            del self.builder.block.ops[ops:]
+            if not self._unrolled_while(s, after):
+                self.frame.env = failed
+                raise
+
+    def _unrolled_while(self, s: ast.While, after: Names) -> bool:
+        """Trace a `while` iteration by iteration; False where that cannot be done."""
+        head = self.frame.liveness.loop_entry(s.body, after)
+        names = tuple(n for n in self.frame.liveness.assigned(s.body) if n in head | after)
+        outer = self.frame.scope
+        self.frame.scope = Scope("unrolled", Exits(head | after, after, head | after), names)
+        try:
+            for _ in range(_MAX_UNROLL):
+                condition = self.condition(s.test)
+                if isinstance(condition, Value):
+                    return False
+                if not condition:
+                    return True
+                exit = self.run_body(s.body)
+                if exit.has_returned or isinstance(exit.stop, Value):
+                    return False
+                if exit.stop:
+                    return True
+        except CompileError:
+            return False
+        finally:
+            self.frame.scope = outer
+        return False
+
+    def _while_at_run_time(self, s: ast.While, after: Names) -> None:
         head = self.frame.liveness.loop_entry(s.body, after)
         carried, env = self._carried(s.body, head | after), dict(self.frame.env)
         scope = Scope("loop", Exits(head | after, after, head | after), tuple(carried.initial))
@@ -234,8 +299,11 @@ class Loops(Branches):
         return carried
 
     def _iteration(self, s: ast.For | ast.While, block: Block, carried: Carried, scope: Scope,
-                   index: Value | None = None) -> tuple[Exit, bool]:
-        """Trace the body once; whether the carried types had to change (then it is to be traced again)."""
+                   index: Callable[[Value], Value] | None = None) -> tuple[Exit, bool]:
+        """Trace the body once; whether the carried types had to change (then it is to be traced again).
+
+        `index` is what the loop's variable is, of the counter that the block begins with.
+        """
         arguments = [self.builder.argument(t) for t in carried.types]
         block.args += arguments
         before = dict(self.frame.env)
@@ -246,7 +314,9 @@ class Loops(Branches):
         try:
             with self.builder.inside(block):
                 if index is not None and isinstance(s, ast.For):
-                    self.assign(s.target, index)
+                    with self.at(s.iter):
+                        item = index(block.args[0])
+                    self.assign(s.target, item)
                 exit = self.run_body(s.body)
         finally:
             self.frame.scope = outer

@@ -111,8 +111,9 @@ def join_types(x: Any, y: Any, inside: frozenset[str] = frozenset()) -> TileTy:
     for first, second in zip(a.valid, b.valid):
         joined = first if second is None or first == second else second if first is None else first.minimum(second)
         if joined is not None and joined.atoms & inside:
-            raise Mismatch(f"{describe(x)} and {describe(y)}: how many elements count, {joined}, is not known "
-                           "outside the block that defines it")
+            raise Mismatch(f"{describe(x)} and {describe(y)}: how many elements count, {joined}, is not known outside "
+                           f"the block that defines it; write to {getattr(y, 'hint', '') or 'it'}[...]: the rest then "
+                           "keeps its values")
         valid.append(joined)
     return TileTy(a.shape, dtype, tuple(valid))
 

@@ -125,10 +125,15 @@ class Tracer(Loops):
         if not isinstance(value, (tuple, list)):
             raise self.error(f"{describe(value)} cannot be unpacked; expected a tuple of {len(target.elts)}", target,
                              *([value] if isinstance(value, Value) else []))
-        if len(value) != len(target.elts):
-            raise self.error(f"{len(value)} values for {len(target.elts)} names", target)
-        for part, item in zip(target.elts, value):
-            self.assign(part, item)
+        parts, items = list(target.elts), list(value)
+        star = next((i for i, part in enumerate(parts) if isinstance(part, ast.Starred)), None)
+        if len(items) != len(parts) if star is None else len(items) < len(parts) - 1:
+            raise self.error(f"{len(items)} values for {len(parts)} names", target)
+        if star is not None:
+            end = len(items) - (len(parts) - 1 - star)
+            items[star:end] = [items[star:end]]
+        for part, item in zip(parts, items):
+            self.assign(part.value if isinstance(part, ast.Starred) else part, item)
 
     def _write(self, target: ast.Subscript, value: Any) -> None:
         base = self.eval(target.value)

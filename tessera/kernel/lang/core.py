@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from tessera.errors import InputError
 from tessera.kernel.build import Builder, TypeRuleError, arithmetic_dtype
 from tessera.kernel.dims import Dim
@@ -101,6 +103,8 @@ def tile_of(x: Any, dtype: DType | None = None, what: str = "operand") -> Value:
     if is_number(x):
         return builder().const(x, dtype)
     hint = "; take one of its items" if isinstance(x, (tuple, list)) and any(isinstance(i, Value) for i in x) else ""
+    if isinstance(x, torch.Tensor):
+        hint = "; make it a parameter, or read it from `self` by its name"
     raise TypeRuleError(f"{what}: {describe(x)} given; expected a tile, a parameter or a number{hint}")
 
 
@@ -209,6 +213,8 @@ def describe(x: Any) -> str:
         return f"the size {x}"
     if isinstance(x, (tuple, list)):
         return "(" + ", ".join(describe(item) for item in x) + ")"
+    if isinstance(x, torch.Tensor):
+        return f"a torch tensor of shape {list(x.shape)}"
     if isinstance(x, ModuleType):
         return f"the module {x.__name__.removeprefix('tessera.kernel.').replace('lang', 'tile')}"
     if isinstance(x, type) or callable(x):

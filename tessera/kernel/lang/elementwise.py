@@ -7,6 +7,7 @@ on int8 and uint8 int32; a value is rounded only where the program casts or stor
 
 from __future__ import annotations
 
+import builtins
 import math
 import operator
 from collections.abc import Callable
@@ -290,19 +291,19 @@ def erf(x: Operand) -> Value:
 @builtin
 def floor(x: Operand) -> Value:
     """x rounded down."""
-    return unary("floor", x)
+    return unary("floor", x, lambda v: float(math.floor(v)))
 
 
 @builtin
 def ceil(x: Operand) -> Value:
     """x rounded up."""
-    return unary("ceil", x)
+    return unary("ceil", x, lambda v: float(math.ceil(v)))
 
 
 @builtin
 def round(x: Operand) -> Value:
     """x rounded to the nearest whole number, halves to even."""
-    return unary("round", x)
+    return unary("round", x, lambda v: float(builtins.round(v)))
 
 
 @builtin

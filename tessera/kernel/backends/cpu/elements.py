@@ -200,10 +200,16 @@ def _through_reshape(ctx: Context, op: Op, point: Point) -> Point:
     return point.pick([*point.indices[:middle.start], *indices, *point.indices[middle.stop:]], lane_axis)
 
 
-def hoist(ctx: Context, value: Value, point: Point) -> None:
-    """Compute now every part of a tile's expression that does not depend on the indices that are ANY."""
-    if not value.type.rank:
+def hoist(ctx: Context, value: Value, point: Point, seen: set[tuple] | None = None) -> None:
+    """Compute now every part of a tile's expression that does not depend on the indices that are ANY.
+
+    `seen` holds the parts that have been looked at: many ways may lead to one.
+    """
+    seen = set() if seen is None else seen
+    key = value.name, *point.key
+    if not value.type.rank or key in seen:
         return
+    seen.add(key)
     if all(index is not ANY for index in point.indices):
         element(ctx, value, point)
         return
@@ -214,7 +220,7 @@ def hoist(ctx: Context, value: Value, point: Point) -> None:
             find_rows(ctx, memory, point.indices, point.axis, point.lanes, point.mask)
         return
     for operand, at in operand_points(ctx, value.op, point):
-        hoist(ctx, operand, at)
+        hoist(ctx, operand, at, seen)
 
 
 # -- memory -----------------------------------------------------------------------------------------

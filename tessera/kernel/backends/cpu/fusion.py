@@ -47,7 +47,8 @@ def _elementwise_before(store: Op, kept: set[str]) -> set[Op]:
         chain.add(store.operands[1].op)
     while pending:
         value = pending.pop()
-        if value.op is not None and value.op.name in ir.ELEMENTWISE and value.name not in kept:
+        if value.op is not None and value.op not in chain and value.op.name in ir.ELEMENTWISE and \
+                value.name not in kept:
             chain.add(value.op)
             pending += value.op.operands
     return chain
@@ -61,4 +62,12 @@ def _fits(mma: Op, store: Op, target: Target) -> bool:
 
 def _only_in(op: Op, chain: set[Op], users: dict[str, list[Op]]) -> bool:
     """Whether all that is computed from an operation's result is part of the chain."""
-    return all(user in chain and (not user.results or _only_in(user, chain, users)) for user in users[op.result.name])
+    seen, pending = {op}, [op]
+    while pending:
+        for user in users[pending.pop().result.name]:
+            if user not in chain:
+                return False
+            if user.results and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return True

@@ -27,6 +27,7 @@ def plan(function: Function) -> set[str]:
     depth: dict[str, int] = {}
     _count(function.body, 0, uses, depth)
     kept = _left_operands(function.body, depth)
+    costs = _Costs(kept)
     written = {param_of(op.operands[0]) for op in ir.walk(function.body)
                if op.name in ("store", "scatter", "atomic_add")}
     weights, in_registers = _weights(function.body), read_in_one_loop(function, store_groups(function))
@@ -34,12 +35,12 @@ def plan(function: Function) -> set[str]:
         if op.name == "reshape" and not _keeps_vectors(op) and op.result.name not in weights:
             kept |= _in_memory(op.operands[0])
         elif op.name == "extract":
-            kept |= _in_memory(op.operands[0]) if op.operands[0].op is not None and _is_costly(op.operands[0], kept) \
+            kept |= _in_memory(op.operands[0]) if op.operands[0].op is not None and costs.is_costly(op.operands[0]) \
                 else set()
         elif op.name in ("load", "gather") and op.result.type.rank and param_of(op.operands[0]) in written:
             kept.add(op.result.name)
         for result in op.results:
-            if op.name in _LAZY and result.type.rank and _is_costly(result, kept) and (
+            if op.name in _LAZY and result.type.rank and costs.is_costly(result) and (
                     (uses[result.name] > 1 and result.name not in in_registers) or _repeated(result, function)):
                 kept.add(result.name)
     return kept
@@ -146,14 +147,27 @@ def _in_memory(value: Value) -> set[str]:
     return {value.name} if value.op.name != "reduce" else set()
 
 
-def _is_costly(value: Value, kept: set[str]) -> bool:
-    """Whether computing an element takes more than a few cheap instructions."""
-    op = value.op
-    if op is None or op.name not in _LAZY or not value.type.rank:
-        return False
-    if op.name in COSTLY:
-        return True
-    return any(operand.name not in kept and _is_costly(operand, kept) for operand in op.operands)
+class _Costs:
+    """Which tiles take more than a few cheap instructions an element; remembered for as long as `kept` stays."""
+
+    def __init__(self, kept: set[str]) -> None:
+        self.kept, self._count = kept, len(kept)
+        self._known: dict[str, bool] = {}
+
+    def is_costly(self, value: Value) -> bool:
+        """Whether computing an element of a tile is costly."""
+        if len(self.kept) != self._count:
+            self._known, self._count = {}, len(self.kept)
+        found = self._known.get(value.name)
+        if found is None:
+            found = self._known[value.name] = self._find(value)
+        return found
+
+    def _find(self, value: Value) -> bool:
+        op = value.op
+        if op is None or op.name not in _LAZY or not value.type.rank:
+            return False
+        return op.name in COSTLY or any(x.name not in self.kept and self.is_costly(x) for x in op.operands)
 
 
 def _repeated(value: Value, function: Function) -> bool:

@@ -87,6 +87,13 @@ def _whole_size(emitter: Emitter, source: ir.Value, axis: int, room: int) -> boo
 
 def by_blocks(emitter: Emitter, value: ir.Value, axis: int) -> bool:
     """Whether any stretch of an axis can be computed without the rest of it."""
+    key = value, axis
+    if key not in emitter.block_free:  # asked again along every way to a value
+        emitter.block_free[key] = _find_by_blocks(emitter, value, axis)
+    return emitter.block_free[key]
+
+
+def _find_by_blocks(emitter: Emitter, value: ir.Value, axis: int) -> bool:
     op = value.op
     if value in emitter.pinned or op is None or op.name in ir.CONTROL:
         return value.type.rank == 0

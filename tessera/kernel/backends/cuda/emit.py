@@ -33,6 +33,7 @@ from tessera.types import DType
 
 MAX_TILE = 16384  # elements of one tensor that are held in registers (64 a thread at 8 warps)
 MAX_SINGLE = 65536  # the same for what cannot be computed by blocks: sort, scan, carried tiles
+MAX_EMITTED = 5_000  # operations of one text: longer ones Triton compiles for minutes
 TRITON_TYPE = {
     "f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16",
     "fp8_e4m3": "tl.float8e4nv", "fp8_e5m2": "tl.float8e5", "int64": "tl.int64", "int32": "tl.int32",
@@ -55,10 +56,12 @@ class Emitter:
         self.constants: dict[str, int] = {}  # constexpr parameters
         self.asked: dict[Dim, int] = {}  # the bounds that the text depends on
         self.largest = 1  # elements of the largest tensor, for the choice of warps
+        self.emitted = 0  # operations written so far
         self.dot_elements = 0  # accumulators of all tl.dots; twice where they run without tensor cores
         self.open_grid: ir.Op | None = None  # whose iterations the programs share out among themselves
         self.block_depth: dict[int, int] = {}
         self.pinned: dict[ir.Value, Val] = {}
+        self.block_free: dict[tuple[ir.Value, int], bool] = {}  # what `contract.by_blocks` found
         self.written: set[ir.Value] = set()  # parameters that the text has stored to
         self.reread = _reads_after_writes(function)
         self.splits: dict[tuple[str, ...], tuple[Index, list[Dim]]] = {}  # indices that an index was taken apart into
@@ -72,9 +75,10 @@ class Emitter:
             if not param.is_view:
                 self.pinned[param.value] = Val(self.scopes.name(param_name(param)))
             else:
-                self.scopes.name(param_name(param) + "_ptr")
-        for size in function.sizes:
-            self.scopes.name(size_name(size))
+                for suffix in ("ptr", *(f"s{axis}" for axis in range(param.value.type.rank))):
+                    self.scopes.name(f"{param_name(param)}_{suffix}")
+        # "B*S", bound as a whole, is B_x_S; a size named as a scalar or as something of Triton's is told apart.
+        self.size_names = {size: self.scopes.name(axis_name(Dim.atom(size))) for size in function.sizes}
 
     def _index_values(self, block: ir.Block) -> None:
         for value in block.args:
@@ -100,6 +104,11 @@ class Emitter:
         rule = self.rules.get(op.name)
         if rule is None:
             raise self.unsupported(op, "no rule for this operation")
+        self.emitted += 1
+        if self.emitted > MAX_EMITTED:
+            raise self.unsupported(op, f"more than {MAX_EMITTED} operations: each slice and concatenation of a slice "
+                                       "or concatenation computes what it is made of again; store to a parameter in "
+                                       "between")
         result = rule(self, op, value, indices)
         return self.scopes.keep(key, result) if value not in self.pinned else self.emit(value, indices)
 
@@ -237,7 +246,7 @@ class Emitter:
             value = self.scalar(self.value_named(atom))
             return value.text, value.depth
         name, divisor = split_fraction(atom)
-        name = size_name(name)
+        name = self.size_names[name]
         return (name if divisor == 1 else f"({name} // {divisor})"), 0
 
     # -- combining values ---------------------------------------------------------------------------
@@ -385,6 +394,7 @@ class Emitter:
     def pin(self, value: ir.Value, tensor: Val) -> None:
         """From here on the tile is this tensor, over its whole axes."""
         self.pinned[value] = tensor
+        self.block_free.clear()
 
     # -- errors -------------------------------------------------------------------------------------
 
@@ -405,11 +415,6 @@ def literal(value: Any, dtype: DType) -> str:
 def param_name(param: ir.Param) -> str:
     """A parameter's name in generated code; tensors of a method's object have dots in theirs."""
     return param.name.replace(".", "_")
-
-
-def size_name(name: str) -> str:
-    """A named size in generated code: "B*S", bound as a whole, is B_x_S."""
-    return axis_name(Dim.atom(name))
 
 
 def axis_name(dim: Dim) -> str:

@@ -132,7 +132,8 @@ def _replace_libdevice() -> None:
             tensor = x if isinstance(x, tl.tensor) else y
             a, b = (v.handle.data if isinstance(v, tl.tensor) else np.float32(v) for v in (x, y))
             data = function(a, b).astype(tensor.handle.data.dtype)
-            type_ = tl.block_type(tensor.dtype, list(data.shape)) if data.ndim else tensor.dtype
+            is_block = any(isinstance(v, tl.tensor) and v.type.is_block() for v in (x, y))
+            type_ = tl.block_type(tensor.dtype, list(data.shape)) if is_block else tensor.dtype
             return tl.tensor(TensorHandle(data, tensor.handle.dtype), type_)
         return call
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda import contract, control, memory, plan, products, rules
-from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name, param_name, size_name
+from tessera.kernel.backends.cuda.emit import Emitter, Rule, axis_name, param_name
 from tessera.kernel.backends.cuda.helpers import text_of
 from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Index, Val
@@ -97,7 +97,7 @@ def _kernel(emitter: Emitter, segment: plan.Segment, name: str) -> KernelText:
     lines = [*programs.lines, *emitter.scopes.stack[0].lines]
     text = "\n".join(lines)
     arguments = _arguments(emitter, text)
-    names = [_argument_name(emitter.function, argument) for argument in arguments]
+    names = [_argument_name(emitter, argument) for argument in arguments]
     scalars = [n for n, argument in zip(names, arguments) if argument[0] == "scalar"]
     if emitter.wide:  # Triton passes ints in 32 bits where they fit: products of them may not
         lines = [f"{n} = tl.cast({n}, tl.int64)" for n, argument in zip(names, arguments)
@@ -234,7 +234,7 @@ def _arguments(emitter: Emitter, text: str) -> list[tuple[str | int, ...]]:
         found += [("stride", number, axis) for axis in range(param.value.type.rank)
                   if f"{param_name(param)}_s{axis}" in words]
     return found + [("size", number) for number, size in enumerate(emitter.function.sizes)
-                    if size_name(size) in words]
+                    if emitter.size_names[size] in words]
 
 
 def _is_number(function: ir.Function, argument: tuple[str | int, ...]) -> bool:
@@ -243,9 +243,11 @@ def _is_number(function: ir.Function, argument: tuple[str | int, ...]) -> bool:
                                      and function.params[int(argument[1])].value.type.dtype.is_int)
 
 
-def _argument_name(function: ir.Function, argument: tuple[str | int, ...]) -> str:
+def _argument_name(emitter: Emitter, argument: tuple[str | int, ...]) -> str:
     kind, number = argument[0], int(argument[1])
     if kind == "size":
-        return size_name(function.sizes[number])
-    name = param_name(function.params[number])
-    return {"scalar": name, "pointer": f"{name}_ptr"}.get(str(kind), f"{name}_s{argument[-1]}")
+        return emitter.size_names[emitter.function.sizes[number]]
+    param = emitter.function.params[number]
+    if kind == "scalar":
+        return emitter.pinned[param.value].text
+    return f"{param_name(param)}_ptr" if kind == "pointer" else f"{param_name(param)}_s{argument[-1]}"
