@@ -407,7 +407,7 @@ class Expressions:
         if isinstance(item, Value):
             raise TypeRuleError(f"index: {describe(item)} into a tuple; expected an int known at compile time", item)
         try:
-            return base[slice(item.start, item.stop) if isinstance(item, Range) else item]
+            return base[slice(item.start, item.stop, item.step) if isinstance(item, Range) else item]
         except KeyError:
             raise TypeRuleError(f"index: no {item!r}; there are {', '.join(map(repr, base))}") from None
         except (IndexError, TypeError) as error:
@@ -425,7 +425,8 @@ class Expressions:
         if not isinstance(step, int) or step < 1:
             raise self.error(f"index: a slice has the step {describe(step)}; expected a positive int known at compile "
                              "time", node)
-        return Range(*(None if n is None else self.scalar_now(self.eval(n)) for n in (node.lower, node.upper)), step)
+        start, stop = (None if n is None else self.scalar_now(self.eval(n)) for n in (node.lower, node.upper))
+        return Range(start, stop, step)
 
     def _Call(self, node: ast.Call) -> Any:
         return self.call(node)

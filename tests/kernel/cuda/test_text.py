@@ -9,11 +9,14 @@ import pytest
 import torch
 import triton
 
+import tessera as ts
+from tessera import Tile, int32, tile
 from tessera.errors import UnsupportedError
 from tessera.kernel.backends import cuda
 from tessera.kernel.dims import Dim
 from tessera.types import bf16, f32, uint8
 
+from ..backends import launch
 from ..programs import Program
 from .test_interpreted import rms_norm
 
@@ -64,6 +67,50 @@ def test_what_cannot_be_expressed_names_the_line():
     p.atomic_add(x, p.load(x))
     with pytest.raises(UnsupportedError, match=r"made\.py:1: made: cuda: atomic_add: uint8 cannot be added to"):
         text(p, D=8)
+
+
+@ts.kernel
+def transposed(x: Tile["N", "N", f32]):
+    x[:] = x.T
+
+
+@ts.kernel
+def multiplied(x: Tile["M", "N", f32], w: Tile["N", "N", f32]):
+    x[:] = x @ w
+
+
+@ts.kernel
+def shifted(x: Tile["M", "N", f32]):
+    x[1:] = x[:-1]
+
+
+@ts.kernel
+def looked_up(x: Tile["M", "N", f32], ids: Tile["M", int32]):
+    x[:] = tile.gather(x, ids)
+
+
+@pytest.mark.parametrize("kernel", [transposed, multiplied, shifted, looked_up], ids=lambda kernel: kernel.name)
+def test_programs_that_would_read_what_others_write(kernel):
+    with pytest.raises(UnsupportedError, match=r"test_text\.py:\d+: cuda: x is written where other programs, which run "
+                                               r"at the same time, read it \(.*test_text\.py:\d+\); write to another"):
+        cuda.build(kernel.trace(), {"M": 3000, "N": 300})
+
+
+@ts.kernel
+def in_place(x: Tile["M", "N", f32], y: Tile["M", "N", f32], w: Tile["N", "N", f32]):
+    x[1:] = x[1:] * tile.rsqrt(tile.reduce_mean(x[1:] * x[1:], axis=-1) + 1.0)[:, None]
+    y[:] = x @ w
+    x[:] = x - tile.reduce_mean(y, axis=0)
+
+
+def test_programs_write_where_they_alone_read():
+    """Rows of a program's own, one program for all columns, and launches one after the other."""
+    x, y, w = torch.randn(300, 40), torch.randn(300, 40), torch.randn(40, 40)
+    results = []
+    for backend in ("interp", "triton-interpreter"):
+        results.append([t.clone() for t in (x, y, w)])
+        launch(in_place, backend, *results[-1])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def cubins(kernel, **arguments) -> list[bytes]:

@@ -17,6 +17,7 @@ from tessera.kernel.backends.cuda.control import has_effects, joined_pieces
 from tessera.kernel.backends.cuda.emit import MAX_TILE, Emitter, param_of
 from tessera.kernel.backends.cuda.values import next_power_of_2
 from tessera.kernel.dims import Dim
+from tessera.kernel.passes.axes import AxisClasses
 
 WRITES = ("store", "atomic_add", "scatter")
 ELEMENTS = 1024  # of an elementwise program
@@ -48,7 +49,7 @@ def segments(function: ir.Function) -> list[Segment]:
             found.append(_flattened(op, _known_names(function)))
         elif op.name in WRITES or op.name in ("print", "assert") or (op.name in ir.CONTROL and has_effects(op)):
             last = found[-1] if found else None
-            if last is not None and not last.grids and _share(last.effects[0], op):
+            if last is not None and not last.grids and _share(function, last.effects, op):
                 last.effects.append(op)
             else:
                 found.append(Segment([], function.body, [op]))
@@ -56,9 +57,15 @@ def segments(function: ir.Function) -> list[Segment]:
     return found
 
 
-def _share(first: ir.Op, op: ir.Op) -> bool:
-    """Whether two top-level effects can be written by the same programs."""
-    return first.name == op.name == "store" and first.operands[1].type.shape == op.operands[1].type.shape
+def _share(function: ir.Function, earlier: list[ir.Op], op: ir.Op) -> bool:
+    """Whether the programs of a run of top-level stores can write one more: it reads nothing that they have written."""
+    if not all(e.name == op.name == "store" and e.operands[1].type.shape == op.operands[1].type.shape for e in earlier):
+        return False
+    after = function.body.ops[function.body.ops.index(earlier[0]):]
+    loads = {id(load) for load in ir.walk(ir.Block(ops=after)) if load.name in ("load", "gather")}
+    written = {param_of(e.operands[0]) for e in earlier}
+    return not any(v.op is not None and id(v.op) in loads and param_of(v.op.operands[0]) in written
+                   for v in sources([op]))
 
 
 def _known_names(function: ir.Function) -> set[str]:
@@ -135,8 +142,56 @@ def program_blocks(emitter: Emitter, segment: Segment) -> list[int]:
     joined = {op.operands[-1].type.shape[pieces[0]] for op in segment.effects
               if op.name == "store" and (pieces := joined_pieces(op.operands[-1]))}
     reduced |= joined
-    blocks = _matrix_blocks(emitter, x, reduced) if matrices else _row_blocks(emitter, x, reduced)
-    return [size if can else 0 for size, can in zip(blocks, free)]
+    sizes = _matrix_blocks(emitter, x, reduced) if matrices else _row_blocks(emitter, x, reduced)
+    blocks = [size if can else 0 for size, can in zip(sizes, free)]
+    _check_places(emitter, segment, values, blocks)
+    return blocks
+
+
+def _check_places(emitter: Emitter, segment: Segment, values: Iterable[ir.Value], blocks: list[int]) -> None:
+    """Programs run at the same time: what one of them writes, no other may read.
+
+    Raises:
+        UnsupportedError: a parameter is read at other places of an axis that programs share than it is written.
+    """
+    pairs = [(store, v.op) for store in segment.effects for v in values
+             if v.op is not None and v.op.name in ("load", "gather")
+             and param_of(v.op.operands[0]) is param_of(store.operands[0])]
+    if not pairs:
+        return
+    classes = AxisClasses(emitter.function)
+    for axis, block in enumerate(blocks):
+        size = emitter.bound(segment.effects[0].operands[-1].type.shape[axis]) if block else 1
+        if size is not None and size <= max(block, 1):
+            continue  # one program
+        together = {classes.find(store.operands[-1], axis) for store in segment.effects}
+        for store, load in pairs:
+            if not _is_same_place(store, load, axis, [
+                    i for i in range(load.result.type.rank) if classes.find(load.result, i) in together]):
+                name = param_of(store.operands[0]).hint
+                raise UnsupportedError(
+                    f"{store.loc or 'store'}: cuda: {name} is written where other programs, which run at the same "
+                    f"time, read it ({load.loc or 'load'}); write to another tensor, or take blocks with tile.grid")
+
+
+def _is_same_place(store: ir.Op, load: ir.Op, axis: int, found: list[int]) -> bool:
+    """Whether a program's block of an axis of what is stored is also the block that it loads, along one axis."""
+    if load.name == "gather" or store.name == "scatter" or len(found) != 1:
+        return False
+    return _place(store.operands[0], axis) == _place(load.operands[0], found[0])
+
+
+def _place(view: ir.Value, axis: int) -> tuple[object, ...]:
+    """The axis of the parameter behind an axis of a view, and the ranges that lead from one to the other."""
+    ranges: list[object] = []
+    while view.op is not None:
+        spec = view.op.attrs["spec"]
+        axis = [i for i, entry in enumerate(spec) if entry[0] != "at"][axis]
+        if spec[axis][0] == "range":
+            start = view.op.operands[spec[axis][1]]
+            ranges.append((id(start) if start.expr is None else start.expr, *spec[axis][2:]))
+        view = view.op.operands[0]
+    return axis, *ranges
 
 
 def has_products(values: Iterable[ir.Value]) -> bool:
