@@ -303,6 +303,10 @@ class Kernel:
         """The same kernel, its schedule chosen by a tuner; what `ts.autotune` calls."""
         return Kernel(self.function, name=self.name, schedule=self.schedule, retypes=self.retypes, tuner=tuner)
 
+    def __reduce__(self) -> str:
+        """By its name, as functions are pickled; a copy is the kernel itself."""
+        return self.function.__qualname__
+
     def __repr__(self) -> str:
         return f"<kernel {self.name}>"
 

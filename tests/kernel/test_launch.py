@@ -1,5 +1,7 @@
 """Launching: what is checked, what is specialised, and how errors read."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -299,3 +301,11 @@ def test_dump_prints_the_ir(monkeypatch, capsys):
     x, w, o = tensors()
     scaled.with_schedule(BM=4)(x, w, o)
     assert "kernel scaled(" in capsys.readouterr().err
+
+
+def test_a_kernel_is_pickled_by_name_and_copied_as_itself():
+    """As functions are: modules that hold one can be copied, and it goes to processes that are spawned."""
+    assert copy.deepcopy({"kernel": scaled})["kernel"] is copy.copy(scaled) is scaled
+    assert pickle.loads(pickle.dumps(scaled)) is scaled
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(scaled.with_schedule(BM=4))
