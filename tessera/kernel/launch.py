@@ -276,7 +276,7 @@ class Kernel:
 
     def source(self, backend: str, *args: Any, **kwargs: Any) -> str:
         """What a backend ("interp", "cpu", "cuda") makes of one specialisation, as text."""
-        return backends.get(backend).compile(self.trace_for(backend, args, kwargs)).source
+        return backends.get(backend).source(self.trace_for(backend, args, kwargs))
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Compile to IR only.

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tessera as ts
 from tessera import Tensor, Tile, f32, int4, int32, tile
 from tessera.errors import InputError, LaunchError, UnsupportedError
+from tessera.kernel.backends.cpu import host
 
 
 @pytest.fixture(autouse=True)
@@ -309,3 +310,14 @@ def test_a_kernel_is_pickled_by_name_and_copied_as_itself():
     assert pickle.loads(pickle.dumps(scaled)) is scaled
     with pytest.raises(pickle.PicklingError):
         pickle.dumps(scaled.with_schedule(BM=4))
+
+
+def test_the_source_for_another_processor(monkeypatch):
+    """Text can be looked at where its code could not run."""
+    texts = {}
+    for choice in ("avx2", "avx512"):
+        monkeypatch.setenv("TESSERA_CPU", choice)
+        host.target.cache_clear()
+        texts[choice] = scaled.source("cpu")
+    host.target.cache_clear()
+    assert "<32 x float>" in texts["avx512"] and "<32 x float>" not in texts["avx2"]  # two registers

@@ -1,6 +1,6 @@
 """Backends: each turns a verified `ir.Function` into something that runs.
 
-A backend is a module with `compile(function) -> Compiled`. It is imported when it is first asked for:
+A backend is a module with `compile(function) -> Compiled` and `source(function)`. It is imported at its first use:
 `cpu` needs llvmlite and `cuda` needs Triton, which a program that uses neither should not wait for.
 """
 
@@ -32,6 +32,9 @@ class Backend(Protocol):
 
     def compile(self, function: Function) -> Compiled:
         """Compile one specialisation."""
+
+    def source(self, function: Function) -> str:
+        """Its text alone: LLVM IR, Triton, or the IR itself."""
 
 
 class Kept(Compiled, Protocol):

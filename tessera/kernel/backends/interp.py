@@ -43,6 +43,11 @@ def compile(function: ir.Function) -> Compiled:
     return Compiled(function)
 
 
+def source(function: ir.Function) -> str:
+    """The IR's text."""
+    return str(function)
+
+
 class Compiled:
     """A kernel that the interpreter runs. `source` is the IR's text."""
 

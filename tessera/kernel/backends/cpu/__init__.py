@@ -163,3 +163,8 @@ def compile(function: Function, host: Target | None = None) -> Compiled:
     entry = disk.name_of(f"{_key(host)}\n{function}\n{function.schedule}{_printed_places(function)}")
     code = disk.fetch(entry, lambda: jit.compile_to_object(text(), host))
     return Compiled(Interface.of(function), code, host, text, entry)
+
+
+def source(function: Function) -> str:
+    """The LLVM text alone, for a processor that need not be this one (TESSERA_CPU)."""
+    return _llvm_text(function, target())

@@ -16,9 +16,15 @@ from tessera.kernel.backends.cuda.interpret import run_interpreted
 from tessera.kernel.backends.cuda.kernel import KernelText, Texts, build
 from tessera.kernel.backends.cuda.launch import Compiled
 
-__all__ = ["Compiled", "KernelText", "Texts", "build", "compile", "compile_for", "compile_to_cubin", "run_interpreted"]
+__all__ = ["Compiled", "KernelText", "Texts", "build", "compile", "compile_for", "compile_to_cubin", "run_interpreted",
+           "source"]
 
 
 def compile(function: ir.Function) -> Compiled:
     """A function compiled for NVIDIA GPUs; the text is made at the first call, for the sizes of that call."""
     return Compiled(function)
+
+
+def source(function: ir.Function) -> str:
+    """The Triton text, at nominal sizes."""
+    return Compiled(function).source
