@@ -48,7 +48,11 @@ def test_unexpected_error_is_one_line(tessera, monkeypatch):
 
 def test_ctrl_c(tessera, monkeypatch):
     monkeypatch.setattr("tessera.cli.info.run", lambda *a, **k: signal.raise_signal(signal.SIGINT))
-    assert tessera("info", "x") == (130, "", "")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert tessera("info", "x") == (130, "", "")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_out_of_memory(tessera, monkeypatch):
