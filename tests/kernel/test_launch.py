@@ -278,6 +278,14 @@ def test_tensors_without_memory(make, place, monkeypatch):
         torch.func.vmap(lambda x: halved(x, torch.empty(4)))(torch.ones(3, 4))
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_fake_tensors_on_the_interpreter(place):
+    args = [torch.ones(4), torch.ones(4)]
+    args[place] = fake(args[place])
+    with pytest.raises(LaunchError, match=f"kernel halved: {'xo'[place]} is a FakeTensor without memory of its own"):
+        halved(*args)
+
+
 @ts.kernel
 def halved(x: Tile["N", f32], o: Tile["N", f32]):
     o[:] = x * 0.5

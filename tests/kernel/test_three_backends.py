@@ -224,3 +224,23 @@ def test_values_of_64_bits_are_sorted_by_all_of_them(backend, dtype):
     torch.testing.assert_close(rows, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(top, x.sort(descending=True).values[:, :3], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(columns, x.sort(dim=0, descending=True).values, rtol=0, atol=0, equal_nan=True)
+
+
+@ts.kernel
+def signs_of_zeros(x: Tile["N", f32], n: int, chosen: Tile["N", f32], both: Tile[2, "N", f32]):
+    if n > 0:
+        zero = 0.0
+    else:
+        zero = -0.0
+    chosen[:] = 1.0 / (tile.load(x) * zero)
+    both[0] = 1.0 / (tile.load(x) * 0.0)
+    both[1] = 1.0 / (tile.load(x) * -0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_keep_their_signs(backend):
+    """They are equal, and not the same constant."""
+    for n, sign in ((1, 1.0), (-1, -1.0)):
+        chosen, both = torch.empty(5), torch.empty(2, 5)
+        launch(signs_of_zeros, backend, torch.ones(5), n, chosen, both)
+        assert (chosen == sign * torch.inf).all() and (both[0] == torch.inf).all() and (both[1] == -torch.inf).all()

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from tessera.errors import LaunchError, UnsupportedError
 from tessera.kernel import ir
@@ -66,6 +67,9 @@ class Compiled:
         with torch.no_grad():
             bound = list(zip(self.function.params, args, strict=True))
             for param, arg in bound:
+                if type(arg) is FakeTensor:
+                    raise LaunchError(f"kernel {self.function.name}: {param.name} is a FakeTensor without memory of "
+                                      "its own; expected a tensor with values")
                 if not param.is_view:
                     run.assign(param.value, torch.as_tensor(arg, dtype=param.value.type.dtype.torch))
             run.bind_tensors([(p, arg) for p, arg in bound if isinstance(arg, Tensor)], self._first_access)

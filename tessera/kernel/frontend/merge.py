@@ -56,6 +56,8 @@ def same_constant(x: Any, y: Any) -> bool:
         return len(x) == len(y) and all(same_constant(a, b) for a, b in zip(x, y))
     if isinstance(x, Value) or isinstance(y, Value) or type(x) is not type(y):
         return False
+    if isinstance(x, float):
+        return repr(x) == repr(y)  # 0.0 is not -0.0, and nan is nan
     try:
         return bool(x == y)
     except Exception:
