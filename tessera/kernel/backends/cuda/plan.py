@@ -58,14 +58,20 @@ def segments(function: ir.Function) -> list[Segment]:
 
 
 def _share(function: ir.Function, earlier: list[ir.Op], op: ir.Op) -> bool:
-    """Whether the programs of a run of top-level stores can write one more: it reads nothing that they have written."""
+    """Whether the programs of a run of top-level stores can write one more: of what they have written it reads only
+    the elements at its own places."""
     if not all(e.name == op.name == "store" and e.operands[1].type.shape == op.operands[1].type.shape for e in earlier):
         return False
     after = function.body.ops[function.body.ops.index(earlier[0]):]
     loads = {id(load) for load in ir.walk(ir.Block(ops=after)) if load.name in ("load", "gather")}
-    written = {param_of(e.operands[0]) for e in earlier}
-    return not any(v.op is not None and id(v.op) in loads and param_of(v.op.operands[0]) in written
-                   for v in sources([op]))
+    pairs = [(store, v.op) for store in earlier for v in sources([op]) if v.op is not None and id(v.op) in loads
+             and param_of(v.op.operands[0]) is param_of(store.operands[0])]
+    if not pairs:
+        return True
+    classes = AxisClasses(function)
+    return all(load.result.type.shape == store.operands[1].type.shape
+               and all(_is_same_place(store, load, axis, [*earlier, op], classes)
+                       for axis in range(load.result.type.rank)) for store, load in pairs)
 
 
 def _known_names(function: ir.Function) -> set[str]:
@@ -164,18 +170,18 @@ def _check_places(emitter: Emitter, segment: Segment, values: Iterable[ir.Value]
         size = emitter.bound(segment.effects[0].operands[-1].type.shape[axis]) if block else 1
         if size is not None and size <= max(block, 1):
             continue  # one program
-        together = {classes.find(store.operands[-1], axis) for store in segment.effects}
         for store, load in pairs:
-            if not _is_same_place(store, load, axis, [
-                    i for i in range(load.result.type.rank) if classes.find(load.result, i) in together]):
+            if not _is_same_place(store, load, axis, segment.effects, classes):
                 name = param_of(store.operands[0]).hint
                 raise UnsupportedError(
                     f"{store.loc or 'store'}: cuda: {name} is written where other programs, which run at the same "
                     f"time, read it ({load.loc or 'load'}); write to another tensor, or take blocks with tile.grid")
 
 
-def _is_same_place(store: ir.Op, load: ir.Op, axis: int, found: list[int]) -> bool:
-    """Whether a program's block of an axis of what is stored is also the block that it loads, along one axis."""
+def _is_same_place(store: ir.Op, load: ir.Op, axis: int, effects: list[ir.Op], classes: AxisClasses) -> bool:
+    """Whether a program's block of an axis of what all effects write is also the block that it loads."""
+    together = {classes.find(effect.operands[-1], axis) for effect in effects}
+    found = [i for i in range(load.result.type.rank) if classes.find(load.result, i) in together]
     if load.name == "gather" or store.name == "scatter" or len(found) != 1:
         return False
     return _place(store.operands[0], axis) == _place(load.operands[0], found[0])
