@@ -58,6 +58,7 @@ BINARY = ARITHMETIC | BITWISE | COMPARE
 ELEMENTWISE = UNARY | BINARY | {"where", "fma", "cast"}
 REDUCTIONS = frozenset("sum mean max min argmax argmin any all".split())
 SCANS = frozenset(["cumsum", "cummax"])
+READS = frozenset(["load", "gather"])  # of the view that is their first operand
 WRITES = frozenset("store scatter atomic_add".split())  # to the view that is their first operand
 EFFECTS = WRITES | frozenset("print assert grid yield".split())
 CONTROL = frozenset("grid for while if".split())

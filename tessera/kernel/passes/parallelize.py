@@ -80,7 +80,7 @@ def _reads_stay_in_block(function: Function, classes: AxisClasses, root: Node) -
             param, axis = _param_axis(op, op.operands[-1], classes, root)
             written.setdefault(param, set()).add(axis)
     for op in ir.walk(function.body):
-        if op.name in ("load", "gather"):
+        if op.name in ir.READS:
             param, axis = _param_axis(op, op.result, classes, root)
             if param in written and ({axis} != written[param] or axis is None or op.name == "gather"):
                 return False
@@ -163,7 +163,7 @@ class _Cutter:
         block.ops = rewritten.ops
 
     def _rewrite_op(self, op: Op) -> None:
-        if op.name in ir.WRITES | {"load", "gather"} and op.operands[0].name in self.params:
+        if op.name in ir.WRITES | ir.READS and op.operands[0].name in self.params:
             tile = op.operands[-1] if op.name in ir.WRITES else op.result
             op.operands[0] = self._window(op, tile)
         elif op.name == "view" and op.operands[0].name in self.params:

@@ -94,7 +94,7 @@ def _reads_too_late(segments: Segments) -> bool:
         for op in shared[known:]:
             inner = list(ir.walk(Block(ops=[op])))
             operands = ir.users(inner).keys()
-            params = {param_of(each.operands[0]) for each in inner if each.name in ("load", "gather")}
+            params = {param_of(each.operands[0]) for each in inner if each.name in ir.READS}
             params |= set().union(*(rests.get(name, ()) for name in operands))
             rests |= {result.name: params for result in op.results}
             if not stale.isdisjoint(operands):

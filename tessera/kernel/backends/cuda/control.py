@@ -31,7 +31,7 @@ def block(emitter: Emitter, body: ir.Block, presets: Presets | None = None, only
     for position, op in enumerate(body.ops):
         if only is not None and id(op) not in only:
             continue
-        if op.name in ("store", "atomic_add", "scatter"):
+        if op.name in ir.WRITES:
             _keep_loads(emitter, body, position)
             _write(emitter, op, (presets or {}).get(id(op)))
         elif op.name == "grid":
@@ -70,9 +70,9 @@ def _keep_loads(emitter: Emitter, body: ir.Block, position: int) -> None:
     """Before memory changes, take into registers what was loaded from it and is used later."""
     op = body.ops[position]
     writes = [op, *(inner for region in op.regions for inner in ir.walk(region))]
-    written = {param_of(w.operands[0]) for w in writes if w.name in ("store", "atomic_add", "scatter")}
+    written = {param_of(w.operands[0]) for w in writes if w.name in ir.WRITES}
     earlier = [x for x in body.ops[:position]
-               if x.name in ("load", "gather") and param_of(x.operands[0]) in written
+               if x.name in ir.READS and param_of(x.operands[0]) in written
                and x.result not in emitter.pinned]
     if not earlier:
         return

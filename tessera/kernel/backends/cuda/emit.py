@@ -440,8 +440,8 @@ def _reads_after_writes(function: ir.Function) -> set[int]:
     for loop in ir.walk(function.body):
         if loop.name in ("for", "while"):
             inner = [op for region in loop.regions for op in ir.walk(region)]
-            written = {param_of(op.operands[0]) for op in inner if op.name in ("store", "atomic_add", "scatter")}
-            found |= {id(op) for op in inner if op.name in ("load", "gather") and param_of(op.operands[0]) in written}
+            written = {param_of(op.operands[0]) for op in inner if op.name in ir.WRITES}
+            found |= {id(op) for op in inner if op.name in ir.READS and param_of(op.operands[0]) in written}
     return found
 
 

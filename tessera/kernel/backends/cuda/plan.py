@@ -19,7 +19,6 @@ from tessera.kernel.backends.cuda.values import next_power_of_2
 from tessera.kernel.dims import Dim
 from tessera.kernel.passes.axes import AxisClasses
 
-WRITES = ("store", "atomic_add", "scatter")
 ELEMENTS = 1024  # of an elementwise program
 ROW_ELEMENTS = 2048  # of a program that reduces rows
 OPEN_PROGRAMS = 1056  # for a grid of unknown size: 8 for each multiprocessor of an H200
@@ -47,7 +46,7 @@ def segments(function: ir.Function) -> list[Segment]:
             found.append(Segment([], function.body, [op], is_open=True))
         elif op.name == "grid":
             found.append(_flattened(op, _known_names(function)))
-        elif op.name in WRITES or op.name in ("print", "assert") or (op.name in ir.CONTROL and has_effects(op)):
+        elif op.name in ir.WRITES or op.name in ("print", "assert") or (op.name in ir.CONTROL and has_effects(op)):
             last = found[-1] if found else None
             if last is not None and not last.grids and _share(function, last.effects, op):
                 last.effects.append(op)
@@ -63,7 +62,7 @@ def _share(function: ir.Function, earlier: list[ir.Op], op: ir.Op) -> bool:
     if not all(e.name == op.name == "store" and e.operands[1].type.shape == op.operands[1].type.shape for e in earlier):
         return False
     after = function.body.ops[function.body.ops.index(earlier[0]):]
-    loads = {id(load) for load in ir.walk(ir.Block(ops=after)) if load.name in ("load", "gather")}
+    loads = {id(load) for load in ir.walk(ir.Block(ops=after)) if load.name in ir.READS}
     pairs = [(store, v.op) for store in earlier for v in sources([op]) if v.op is not None and id(v.op) in loads
              and param_of(v.op.operands[0]) is param_of(store.operands[0])]
     if not pairs:
@@ -103,12 +102,12 @@ def _check_order(function: ir.Function, found: list[Segment]) -> None:
         top = segment.grids[0] if segment.grids else segment.effects[0]
         for value in sources([*segment.grids, *segment.effects]):
             op = value.op
-            if op is not None and op.name in ("load", "gather") and id(op) in place:
+            if op is not None and op.name in ir.READS and id(op) in place:
                 param = param_of(op.operands[0])
                 if written.get(param, -1) > place[id(op)]:
                     raise UnsupportedError(f"{op.loc or 'load'}: cuda: the tile is used after its memory was written")
         for op in ir.walk(ir.Block(ops=[*segment.grids[:1], *segment.effects])):
-            if op.name in WRITES:
+            if op.name in ir.WRITES:
                 written[param_of(op.operands[0])] = place[id(top)]
 
 
@@ -132,7 +131,7 @@ def sources(ops: list[ir.Op]) -> set[ir.Value]:
 def program_blocks(emitter: Emitter, segment: Segment) -> list[int]:
     """For each axis of the stored tiles, the elements that a program takes; 0: all of them."""
     first = segment.effects[0]
-    if any(op.name not in WRITES or op.operands[-1].type.shape != first.operands[-1].type.shape
+    if any(op.name not in ir.WRITES or op.operands[-1].type.shape != first.operands[-1].type.shape
            or op.operands[-1].type.valid != first.operands[-1].type.valid for op in segment.effects):
         return []
     x = first.operands[-1]
@@ -161,7 +160,7 @@ def _check_places(emitter: Emitter, segment: Segment, values: Iterable[ir.Value]
         UnsupportedError: a parameter is read at other places of an axis that programs share than it is written.
     """
     pairs = [(store, v.op) for store in segment.effects for v in values
-             if v.op is not None and v.op.name in ("load", "gather")
+             if v.op is not None and v.op.name in ir.READS
              and param_of(v.op.operands[0]) is param_of(store.operands[0])]
     if not pairs:
         return
