@@ -199,6 +199,13 @@ class Function:
         return "\n".join([*lines, "}"])
 
 
+def param_of(view: Value) -> Value:
+    """The parameter whose memory a view shows."""
+    while view.op is not None and view.op.name == "view":
+        view = view.op.operands[0]
+    return view
+
+
 def walk(block: Block) -> Iterator[Op]:
     """Every operation of a block and of its regions, outer before inner, in program order."""
     for op in block.ops:

@@ -18,7 +18,7 @@ from tessera.kernel.frontend.frame import Context, SelfObject
 from tessera.kernel.frontend.reads import Reads
 from tessera.kernel.frontend.source import Source
 from tessera.kernel.frontend.tracer import Tracer
-from tessera.kernel.ir import EFFECTS, WRITES, Block, Function, Location, Param, TileTy, Value, ViewTy, walk
+from tessera.kernel.ir import EFFECTS, WRITES, Block, Function, Location, Param, TileTy, Value, ViewTy, param_of, walk
 from tessera.kernel.verify import verify
 from tessera.types import DType, f32, f64, int64
 
@@ -116,7 +116,4 @@ def _mark_outputs(function: Function) -> None:
     params = {id(p.value): p for p in function.params}
     for op in walk(function.body):
         if op.name in WRITES:
-            root = op.operands[0]
-            while root.op is not None and root.op.name == "view":
-                root = root.op.operands[0]
-            params[id(root)].is_output = True
+            params[id(param_of(op.operands[0]))].is_output = True

@@ -25,7 +25,7 @@ from tessera.kernel.backends.cpu.printing import lower_print
 from tessera.kernel.backends.cpu.reductions import reduce, scan
 from tessera.kernel.backends.cpu.sorting import sort
 from tessera.kernel.backends.cpu.storage import from_storage, to_storage
-from tessera.kernel.backends.cpu.stores import param_of, store_groups
+from tessera.kernel.backends.cpu.stores import store_groups
 from tessera.kernel.dims import Dim
 from tessera.kernel.ir import Block, Function, Op
 from tessera.types import DType
@@ -87,14 +87,14 @@ def _segments(body: Block) -> Segments:
 
 def _reads_too_late(segments: Segments) -> bool:
     """Whether a segment would repeat a read from before an earlier segment, which wrote to what it reads."""
-    rests: dict[str, set[str]] = {}  # of a value that is repeated: the parameters that it is read from
+    rests: dict[str, set[ir.Value]] = {}  # of a value that is repeated: the parameters that it is read from
     stale: set[str] = set()
     known = 0
     for shared, ops in segments:
         for op in shared[known:]:
             inner = list(ir.walk(Block(ops=[op])))
             operands = ir.users(inner).keys()
-            params = {param_of(each.operands[0]) for each in inner if each.name in ir.READS}
+            params = {ir.param_of(each.operands[0]) for each in inner if each.name in ir.READS}
             params |= set().union(*(rests.get(name, ()) for name in operands))
             rests |= {result.name: params for result in op.results}
             if not stale.isdisjoint(operands):
@@ -102,7 +102,7 @@ def _reads_too_late(segments: Segments) -> bool:
         known, inner = len(shared), list(ir.walk(Block(ops=ops)))
         if not stale.isdisjoint(ir.users(inner)):
             return True
-        written = {param_of(op.operands[0]) for op in inner if op.name in ir.WRITES}
+        written = {ir.param_of(op.operands[0]) for op in inner if op.name in ir.WRITES}
         stale |= {name for name, params in rests.items() if params & written}
     return False
 

@@ -14,7 +14,7 @@ from collections import Counter
 from tessera.kernel import ir
 from tessera.kernel.backends.cpu.elements import COSTLY, lazy_reshape_suffix
 from tessera.kernel.backends.cpu.loops import vector_axis
-from tessera.kernel.backends.cpu.stores import param_of, read_in_one_loop, store_groups
+from tessera.kernel.backends.cpu.stores import read_in_one_loop, store_groups
 from tessera.kernel.ir import Block, Function, Op, Value
 
 BUFFERED = frozenset("mma scan sort insert concat".split())  # and reduce of rank >= 1
@@ -28,7 +28,7 @@ def plan(function: Function) -> set[str]:
     _count(function.body, 0, uses, depth)
     kept = _left_operands(function.body, depth)
     costs = _Costs(kept)
-    written = {param_of(op.operands[0]) for op in ir.walk(function.body)
+    written = {ir.param_of(op.operands[0]) for op in ir.walk(function.body)
                if op.name in ("store", "scatter", "atomic_add")}
     weights, in_registers = _weights(function.body), read_in_one_loop(function, store_groups(function))
     for op in ir.walk(function.body):
@@ -37,7 +37,7 @@ def plan(function: Function) -> set[str]:
         elif op.name == "extract":
             kept |= _in_memory(op.operands[0]) if op.operands[0].op is not None and costs.is_costly(op.operands[0]) \
                 else set()
-        elif op.name in ("load", "gather") and op.result.type.rank and param_of(op.operands[0]) in written:
+        elif op.name in ("load", "gather") and op.result.type.rank and ir.param_of(op.operands[0]) in written:
             kept.add(op.result.name)
         for result in op.results:
             if op.name in _LAZY and result.type.rank and costs.is_costly(result) and (

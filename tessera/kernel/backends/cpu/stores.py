@@ -53,7 +53,7 @@ def _joins(op: Op, group: list[Op]) -> bool:
     return (len(group) < MAX_TOGETHER and view.type.rank == value.type.rank
             and (view.type.valid, value.type.shape, value.type.valid)
             == (first_view.type.valid, first_value.type.shape, first_value.type.valid)
-            and param_of(view) not in {param_of(other.operands[0]) for other in group}
+            and ir.param_of(view) not in {ir.param_of(other.operands[0]) for other in group}
             and all(_is_plain(each) for each in (op, *group)))
 
 
@@ -74,7 +74,7 @@ def _passes(op: Op, group: list[Op]) -> bool:
     if op.name not in _BETWEEN:
         return False
     return op.name not in ("load", "gather") or \
-        param_of(op.operands[0]) not in {param_of(store.operands[0]) for store in group}
+        ir.param_of(op.operands[0]) not in {ir.param_of(store.operands[0]) for store in group}
 
 
 def read_in_one_loop(function: Function, groups: dict[Op, list[Op]]) -> set[str]:
@@ -100,10 +100,3 @@ def read_in_one_loop(function: Function, groups: dict[Op, list[Op]]) -> set[str]
                 if single is not None:
                     found.add(value.name)
     return found
-
-
-def param_of(view: Value) -> str:
-    """The parameter that a view is of."""
-    while view.op is not None and view.op.name == "view":
-        view = view.op.operands[0]
-    return view.name

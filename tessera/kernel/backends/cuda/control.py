@@ -14,7 +14,7 @@ from string import Formatter
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda import memory
 from tessera.kernel.backends.cuda.contract import by_blocks
-from tessera.kernel.backends.cuda.emit import MAX_SINGLE, MAX_TILE, TRITON_TYPE, Emitter, Rule, axis_name, param_of
+from tessera.kernel.backends.cuda.emit import MAX_SINGLE, MAX_TILE, TRITON_TYPE, Emitter, Rule, axis_name
 from tessera.kernel.backends.cuda.rules import converted
 from tessera.kernel.backends.cuda.scopes import INDENT
 from tessera.kernel.backends.cuda.values import Axis, Index, Val, order
@@ -70,9 +70,9 @@ def _keep_loads(emitter: Emitter, body: ir.Block, position: int) -> None:
     """Before memory changes, take into registers what was loaded from it and is used later."""
     op = body.ops[position]
     writes = [op, *(inner for region in op.regions for inner in ir.walk(region))]
-    written = {param_of(w.operands[0]) for w in writes if w.name in ir.WRITES}
+    written = {ir.param_of(w.operands[0]) for w in writes if w.name in ir.WRITES}
     earlier = [x for x in body.ops[:position]
-               if x.name in ir.READS and param_of(x.operands[0]) in written
+               if x.name in ir.READS and ir.param_of(x.operands[0]) in written
                and x.result not in emitter.pinned]
     if not earlier:
         return

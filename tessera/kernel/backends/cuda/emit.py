@@ -440,16 +440,9 @@ def _reads_after_writes(function: ir.Function) -> set[int]:
     for loop in ir.walk(function.body):
         if loop.name in ("for", "while"):
             inner = [op for region in loop.regions for op in ir.walk(region)]
-            written = {param_of(op.operands[0]) for op in inner if op.name in ir.WRITES}
-            found |= {id(op) for op in inner if op.name in ir.READS and param_of(op.operands[0]) in written}
+            written = {ir.param_of(op.operands[0]) for op in inner if op.name in ir.WRITES}
+            found |= {id(op) for op in inner if op.name in ir.READS and ir.param_of(op.operands[0]) in written}
     return found
-
-
-def param_of(view: ir.Value) -> ir.Value:
-    """The parameter whose memory a view shows."""
-    while view.op is not None:
-        view = view.op.operands[0]
-    return view
 
 
 __all__ = ["MAX_SINGLE", "MAX_TILE", "TRITON_TYPE", "Emitter", "Rule", "at_most", "axis_name", "depth_of", "literal"]

@@ -14,7 +14,7 @@ from tessera.errors import UnsupportedError
 from tessera.kernel import ir
 from tessera.kernel.backends.cuda.contract import by_blocks
 from tessera.kernel.backends.cuda.control import has_effects, joined_pieces
-from tessera.kernel.backends.cuda.emit import MAX_TILE, Emitter, param_of
+from tessera.kernel.backends.cuda.emit import MAX_TILE, Emitter
 from tessera.kernel.backends.cuda.values import next_power_of_2
 from tessera.kernel.dims import Dim
 from tessera.kernel.passes.axes import AxisClasses
@@ -64,7 +64,7 @@ def _share(function: ir.Function, earlier: list[ir.Op], op: ir.Op) -> bool:
     after = function.body.ops[function.body.ops.index(earlier[0]):]
     loads = {id(load) for load in ir.walk(ir.Block(ops=after)) if load.name in ir.READS}
     pairs = [(store, v.op) for store in earlier for v in sources([op]) if v.op is not None and id(v.op) in loads
-             and param_of(v.op.operands[0]) is param_of(store.operands[0])]
+             and ir.param_of(v.op.operands[0]) is ir.param_of(store.operands[0])]
     if not pairs:
         return True
     classes = AxisClasses(function)
@@ -103,12 +103,12 @@ def _check_order(function: ir.Function, found: list[Segment]) -> None:
         for value in sources([*segment.grids, *segment.effects]):
             op = value.op
             if op is not None and op.name in ir.READS and id(op) in place:
-                param = param_of(op.operands[0])
+                param = ir.param_of(op.operands[0])
                 if written.get(param, -1) > place[id(op)]:
                     raise UnsupportedError(f"{op.loc or 'load'}: cuda: the tile is used after its memory was written")
         for op in ir.walk(ir.Block(ops=[*segment.grids[:1], *segment.effects])):
             if op.name in ir.WRITES:
-                written[param_of(op.operands[0])] = place[id(top)]
+                written[ir.param_of(op.operands[0])] = place[id(top)]
 
 
 def sources(ops: list[ir.Op]) -> set[ir.Value]:
@@ -161,7 +161,7 @@ def _check_places(emitter: Emitter, segment: Segment, values: Iterable[ir.Value]
     """
     pairs = [(store, v.op) for store in segment.effects for v in values
              if v.op is not None and v.op.name in ir.READS
-             and param_of(v.op.operands[0]) is param_of(store.operands[0])]
+             and ir.param_of(v.op.operands[0]) is ir.param_of(store.operands[0])]
     if not pairs:
         return
     classes = AxisClasses(emitter.function)
@@ -171,7 +171,7 @@ def _check_places(emitter: Emitter, segment: Segment, values: Iterable[ir.Value]
             continue  # one program
         for store, load in pairs:
             if not _is_same_place(store, load, axis, segment.effects, classes):
-                name = param_of(store.operands[0]).hint
+                name = ir.param_of(store.operands[0]).hint
                 raise UnsupportedError(
                     f"{store.loc or 'store'}: cuda: {name} is written where other programs, which run at the same "
                     f"time, read it ({load.loc or 'load'}); write to another tensor, or take blocks with tile.grid")
